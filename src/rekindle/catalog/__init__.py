@@ -1,0 +1,1 @@
+"""What exists: models, adapters, their versions and aliases, in a database that survives restarts."""

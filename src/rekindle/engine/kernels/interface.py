@@ -1,0 +1,146 @@
+"""The operations of a forward pass, and the batch records they read.
+
+Shape suffixes: T token rows of the step, S sequences, G adapter segments, L layers, H hidden size, N and K a
+matrix's output and input features, E = (query heads + 2 x kv heads) x D, D head size, P pages, B page tokens,
+M page-table width, V vocabulary.
+
+Rows are ordered so that the rows of one adapter are adjacent and base rows come first; the rows of one sequence
+are adjacent and rise in position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Column order of `LoraBatch.table_GLPF`."""
+
+LORA_FIELDS = 4
+"""Fields of one table entry: address of A, address of B, rank, bits of the float64 scale. Rank 0: no update."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """One layer's attention. `window` counts the positions a query sees, itself included; 0 sees all.
+    `softcap` > 0 bounds scores to softcap * tanh(score / softcap) before the mask."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Where each sequence's queries, keys and values are.
+
+    Sequence s owns query rows `query_start[s] .. query_start[s + 1]`, the last positions of a context of
+    `context[s]` tokens, whose keys and values lie in pages `pages_SM[s]` in order. `slots_T` is page * B + offset,
+    the place each row's own key and value go. The lists and the int32/int64 tensors hold the same numbers.
+    """
+
+    query_start: list[int]
+    context: list[int]
+    query_start_S1: torch.Tensor  # int32 [S + 1]
+    context_S: torch.Tensor  # int32 [S]
+    pages_SM: torch.Tensor  # int32 [S, M], padded with any valid page
+    slots_T: torch.Tensor  # int64 [T]
+
+
+@dataclass(frozen=True, slots=True)
+class KVPool:
+    """The page pool seen as keys and values: kv_PLBCD is [P, L, B, 2 * kv heads, D], strided over pages, so that
+    one page holds all layers of its tokens, and one token's keys then values of a layer are contiguous."""
+
+    kv_PLBCD: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LoraBatch:
+    """The adapters of a step.
+
+    Segment g covers rows `row_start[g] .. row_start[g + 1]`; rows before `row_start[0]` use the base alone. Entry
+    [g, layer, projection] of `table_GLPF` (int64, see `LORA_FIELDS`) locates A [rank, K] and B [N, rank], both
+    row-major in the compute dtype. Layer index L (one past the last) holds lm_head at projection 0. The memory is
+    owned by the adapter pool and pinned while the step runs.
+    """
+
+    row_start: list[int]
+    row_start_G1: torch.Tensor  # int32 [G + 1]
+    table_GLPF: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LoraGroup:
+    """Projections that share one input: columns `first .. first + count` of the table, writing to
+    `out_offsets[i] .. out_offsets[i] + out_sizes[i]` of the fused output's columns."""
+
+    first: int
+    out_offsets: tuple[int, ...]
+    out_sizes: tuple[int, ...]
+
+
+class PackedLinear(Protocol):
+    """A linear layer's weight in whatever layout its kernels want; callable on x_TK, giving y_TN."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x_TK: torch.Tensor) -> torch.Tensor: ...
+
+
+class Kernels(Protocol):
+    """What a model definition may call. Arithmetic runs in float32 and is rounded once to the compute dtype."""
+
+    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
+        """Prepare a weight for repeated use. The packed form owns its memory or shares the weight's."""
+        ...
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+        """x / rms(x) * weight over the last dimension. weight_H is float32. Works on any leading shape."""
+        ...
+
+    def add_rms_norm(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """residual += x, in place; return rms_norm(residual)."""
+        ...
+
+    def rope_and_store(
+        self,
+        qkv_TE: torch.Tensor,
+        cos_TD: torch.Tensor,
+        sin_TD: torch.Tensor,
+        pool: KVPool,
+        layer: int,
+        batch: AttentionBatch,
+        shape: AttentionShape,
+    ) -> None:
+        """Rotate queries and keys of qkv_TE in place and write keys and values into their pages.
+
+        qkv_TE holds queries, keys, values side by side, head by head. cos_TD and sin_TD are float32 [T, D / 2]; element
+        i of a head is rotated with element i + D / 2 (the Hugging Face convention).
+        """
+        ...
+
+    def attention(
+        self, qkv_TE: torch.Tensor, pool: KVPool, layer: int, batch: AttentionBatch, shape: AttentionShape
+    ) -> torch.Tensor:
+        """Causal attention of every query row over its sequence's pages; returns [T, heads * D]."""
+        ...
+
+    def gated_activation(self, gate_up_TF: torch.Tensor, activation: str) -> torch.Tensor:
+        """act(gate) * up, where gate and up are the two halves of the columns; "silu" or "gelu_tanh"."""
+        ...
+
+    def lora(self, x_TK: torch.Tensor, y_TN: torch.Tensor, batch: LoraBatch, layer: int, group: LoraGroup) -> None:
+        """y[rows, slice] += scale * (x[rows] @ A.T) @ B.T for each segment and each projection of the group, in place.
+
+        The intermediate x @ A.T stays in float32; the sum is rounded once to y's dtype.
+        """
+        ...

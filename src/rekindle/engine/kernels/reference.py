@@ -1,0 +1,117 @@
+"""The specification of every kernel in plain torch: slow, obvious, and what every other kernel is tested against."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+
+import torch
+import torch.nn.functional as F
+
+from rekindle.engine.kernels.interface import (
+    AttentionBatch,
+    AttentionShape,
+    KVPool,
+    LoraBatch,
+    LoraGroup,
+)
+
+
+class ReferenceLinear:
+    """A linear layer on the weight as stored."""
+
+    def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
+        self.out_features, self.in_features = weight_NK.shape
+        self._weight_NK, self._bias_N = weight_NK, bias_N
+
+    def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return F.linear(x_TK, self._weight_NK, self._bias_N)
+
+
+class ReferenceKernels:
+    """See `Kernels` for the contract of each operation."""
+
+    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> ReferenceLinear:
+        return ReferenceLinear(weight_NK, bias_N)
+
+    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+        x = x_TH.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return (x * weight_H).to(x_TH.dtype)
+
+    def add_rms_norm(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        residual_TH += x_TH
+        return self.rms_norm(residual_TH, weight_H, eps)
+
+    def rope_and_store(
+        self,
+        qkv_TE: torch.Tensor,
+        cos_TD: torch.Tensor,
+        sin_TD: torch.Tensor,
+        pool: KVPool,
+        layer: int,
+        batch: AttentionBatch,
+        shape: AttentionShape,
+    ) -> None:
+        heads = qkv_TE.view(len(qkv_TE), -1, shape.head_dim)
+        rotated = heads[:, : shape.num_heads + shape.num_kv_heads]
+        low, high = rotated.float().chunk(2, dim=-1)
+        cos, sin = cos_TD.unsqueeze(1), sin_TD.unsqueeze(1)
+        rotated.copy_(torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1))
+        page_tokens = pool.kv_PLBCD.shape[2]
+        pages, offsets = batch.slots_T // page_tokens, batch.slots_T % page_tokens
+        pool.kv_PLBCD[pages, layer, offsets] = heads[:, shape.num_heads :]
+
+    def attention(
+        self, qkv_TE: torch.Tensor, pool: KVPool, layer: int, batch: AttentionBatch, shape: AttentionShape
+    ) -> torch.Tensor:
+        num_q, num_kv, dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        out = qkv_TE.new_empty(len(qkv_TE), num_q * dim)
+        for s, context in enumerate(batch.context):
+            rows = slice(batch.query_start[s], batch.query_start[s + 1])
+            kv = pool.kv_PLBCD[batch.pages_SM[s].long(), layer].flatten(0, 1)[:context].float()
+            keys, values = kv[:, :num_kv], kv[:, num_kv:]
+            queries = qkv_TE[rows, : num_q * dim].float().view(-1, num_kv, num_q // num_kv, dim)
+            scores = torch.einsum("qkgd,ckd->kgqc", queries, keys) * shape.scale
+            if shape.softcap:
+                scores = torch.tanh(scores / shape.softcap) * shape.softcap
+            scores = scores.masked_fill(~visible(rows.stop - rows.start, context, shape.window), -torch.inf)
+            mixed = torch.einsum("kgqc,ckd->qkgd", scores.softmax(-1), values)
+            out[rows] = mixed.flatten(1).to(out.dtype)
+        return out
+
+    def gated_activation(self, gate_up_TF: torch.Tensor, activation: str) -> torch.Tensor:
+        gate, up = gate_up_TF.float().chunk(2, dim=-1)
+        gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+        return (gate * up).to(gate_up_TF.dtype)
+
+    def lora(self, x_TK: torch.Tensor, y_TN: torch.Tensor, batch: LoraBatch, layer: int, group: LoraGroup) -> None:
+        for g in range(len(batch.row_start) - 1):
+            rows = slice(batch.row_start[g], batch.row_start[g + 1])
+            for i, (offset, size) in enumerate(zip(group.out_offsets, group.out_sizes, strict=True)):
+                a_address, b_address, rank, scale_bits = batch.table_GLPF[g, layer, group.first + i].tolist()
+                if rank == 0:
+                    continue
+                (scale,) = struct.unpack("d", struct.pack("q", scale_bits))
+                a_RK = matrix_at(a_address, rank, x_TK.shape[1], x_TK.dtype).float()
+                b_NR = matrix_at(b_address, size, rank, x_TK.dtype).float()
+                delta = (x_TK[rows].float() @ a_RK.T) @ b_NR.T * scale
+                target = y_TN[rows, offset : offset + size]
+                target.copy_(target.float() + delta)
+
+
+def visible(num_queries: int, context: int, window: int) -> torch.Tensor:
+    """Bool [queries, context]: which keys each of the last `num_queries` positions of a context may see."""
+    query_position = torch.arange(context - num_queries, context).unsqueeze(1)
+    distance = query_position - torch.arange(context)
+    mask = distance >= 0
+    return mask & (distance < window) if window else mask
+
+
+def matrix_at(address: int, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """A [rows, columns] view of memory that the caller keeps alive."""
+    num_bytes = rows * columns * dtype.itemsize
+    buffer = (ctypes.c_char * num_bytes).from_address(address)
+    return torch.frombuffer(buffer, dtype=dtype).view(rows, columns)

@@ -1,0 +1,1 @@
+"""Replicas of engines and what supervises them."""

@@ -1,0 +1,1 @@
+"""Where bytes are: the home directory, import of models and adapters, the files they become."""

@@ -1,0 +1,1 @@
+"""Public fakes and helpers that users may test with."""
