@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,25 +15,19 @@ from rekindle.engine.kernels.interface import (
     KVPool,
     LoraBatch,
     LoraGroup,
+    PackedLinear,
 )
-
-
-class ReferenceLinear:
-    """A linear layer on the weight as stored."""
-
-    def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
-        self.out_features, self.in_features = weight_NK.shape
-        self._weight_NK, self._bias_N = weight_NK, bias_N
-
-    def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return F.linear(x_TK, self._weight_NK, self._bias_N)
+from rekindle.engine.kernels.linear import PlainLinear
 
 
 class ReferenceKernels:
     """See `Kernels` for the contract of each operation."""
 
-    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> ReferenceLinear:
-        return ReferenceLinear(weight_NK, bias_N)
+    def __init__(self, pack_linear: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear] = PlainLinear) -> None:
+        self._pack_linear = pack_linear
+
+    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
+        return self._pack_linear(weight_NK, bias_N)
 
     def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
         x = x_TH.float()

@@ -1,1 +1,1 @@
-"""Pure decisions of one replica: which tokens, pages and adapters make the next step. Imports no torch, reads no clock."""
+"""Pure decisions of one replica: which tokens, pages and adapters make the next step. No torch, no clock."""

@@ -1,0 +1,183 @@
+"""Resident adapters: bytes in the page pool, and the tables that tell kernels where each matrix lies.
+
+A load runs on a reader thread straight into the adapter's mapped pages while steps go on; `wake` is called when it
+ends, and the step loop collects the outcome with `finished`. Pages belong to the scheduler: it says which to fill and
+when an adapter is evicted, and never while a step uses it.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rekindle.engine.kernels.interface import LORA_FIELDS, PROJECTIONS
+from rekindle.engine.memory import MappedPages, PagePool
+from rekindle.engine.scheduler.plan import AdapterLoad
+from rekindle.errors import AdapterRejected, RekindleError
+from rekindle.protocol.adapters import AdapterManifest, LoraBinding
+from rekindle.protocol.identity import AdapterDigest
+from rekindle.store.safetensors_file import data_section
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingUpdate:
+    """A low-rank change of the input embedding: rows of A (by token) times B, scaled."""
+
+    a_VR: torch.Tensor
+    b_HR: torch.Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentAdapter:
+    """One adapter in device memory. `table_LPF` is its part of `LoraBatch.table_GLPF`."""
+
+    manifest: AdapterManifest
+    pages: MappedPages
+    table_LPF: torch.Tensor
+    embedding: EmbeddingUpdate | None
+    replaced_embedding_VH: torch.Tensor | None
+    replaced_head_VH: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOutcome:
+    """A finished load; `error` is None if the adapter is ready."""
+
+    digest: AdapterDigest
+    error: str | None
+
+
+class AdapterMemory:
+    """Loads, keeps and evicts adapters in pool pages. All methods belong to the step loop's thread."""
+
+    def __init__(self, pool: PagePool, num_layers: int, dtype: torch.dtype, wake: Callable[[], None]) -> None:
+        self._pool, self._num_layers, self._dtype, self._wake = pool, num_layers, dtype, wake
+        self._paths: dict[AdapterDigest, Path] = {}
+        self._resident: dict[AdapterDigest, ResidentAdapter] = {}
+        self._requests: queue.SimpleQueue[tuple[AdapterManifest, Path, MappedPages] | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[tuple[LoadOutcome, ResidentAdapter | None]] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read_loop, name="adapter-reader", daemon=True)
+        self._reader.start()
+
+    def register(self, digest: AdapterDigest, path: Path) -> None:
+        """Say where a version's file is."""
+        self._paths[digest] = path
+
+    def start_load(self, load: AdapterLoad) -> None:
+        """Begin filling the pages of one adapter."""
+        pages = self._pool.map_pages(load.pages)
+        self._requests.put((load.manifest, self._paths[load.manifest.digest], pages))
+
+    def finished(self) -> list[LoadOutcome]:
+        """Loads that ended since the last call; successful ones are resident from now on."""
+        outcomes = []
+        while not self._outcomes.empty():
+            outcome, adapter = self._outcomes.get()
+            if adapter is not None:
+                self._resident[outcome.digest] = adapter
+            outcomes.append(outcome)
+        return outcomes
+
+    def get(self, digest: AdapterDigest) -> ResidentAdapter:
+        """A resident adapter."""
+        return self._resident[digest]
+
+    def evict(self, digest: AdapterDigest) -> None:
+        """Unmap an adapter; its pages may be reused at once."""
+        self._resident.pop(digest).pages.close()
+
+    def resident(self) -> tuple[AdapterDigest, ...]:
+        """Digests of all resident adapters."""
+        return tuple(self._resident)
+
+    def close(self) -> None:
+        """Stop the reader and unmap everything."""
+        self._requests.put(None)
+        self._reader.join()
+        for adapter in self._resident.values():
+            adapter.pages.close()
+        self._resident.clear()
+
+    def _read_loop(self) -> None:
+        while (request := self._requests.get()) is not None:
+            manifest, path, pages = request
+            adapter, error = None, None
+            try:
+                adapter = self._read(manifest, path, pages)
+            except (OSError, RekindleError) as failure:
+                pages.close()
+                error = f"adapter {manifest.digest[:12]} could not be loaded: {failure}"
+            self._outcomes.put((LoadOutcome(manifest.digest, error), adapter))
+            self._wake()
+
+    def _read(self, manifest: AdapterManifest, path: Path, pages: MappedPages) -> ResidentAdapter:
+        stored = _DTYPES[manifest.dtype]
+        if stored == self._dtype:
+            _read_exactly(path, memoryview(pages.buffer).cast("B")[: manifest.num_elements * stored.itemsize])
+        else:
+            staged = bytearray(manifest.num_elements * stored.itemsize)
+            _read_exactly(path, memoryview(staged))
+            target = pages.tensor(self._dtype, manifest.num_elements, 0)
+            target.copy_(torch.frombuffer(staged, dtype=stored))
+        return self._resident_view(manifest, pages)
+
+    def _resident_view(self, manifest: AdapterManifest, pages: MappedPages) -> ResidentAdapter:
+        table_LPF = torch.zeros(self._num_layers + 1, len(PROJECTIONS), LORA_FIELDS, dtype=torch.int64)
+        embedding = None
+        for binding in manifest.bindings:
+            if binding.projection == "embed_tokens":
+                embedding = self._embedding(binding, pages)
+                continue
+            is_head = binding.projection == "lm_head"
+            row = self._num_layers if is_head else binding.layer
+            column = 0 if is_head else PROJECTIONS.index(binding.projection)
+            table_LPF[row, column] = torch.tensor(self._entry(binding, pages.address))
+        replaced = {
+            matrix.projection: pages.tensor(self._dtype, matrix.rows * matrix.columns, matrix.offset).view(
+                matrix.rows, matrix.columns
+            )
+            for matrix in manifest.replaced
+        }
+        return ResidentAdapter(
+            manifest, pages, table_LPF, embedding, replaced.get("embed_tokens"), replaced.get("lm_head")
+        )
+
+    def _entry(self, binding: LoraBinding, address: int) -> list[int]:
+        size = self._dtype.itemsize
+        (scale_bits,) = struct.unpack("q", struct.pack("d", binding.scale))
+        return [address + binding.a_offset * size, address + binding.b_offset * size, binding.rank, scale_bits]
+
+    def _embedding(self, binding: LoraBinding, pages: MappedPages) -> EmbeddingUpdate:
+        rank = binding.rank
+        a_VR = pages.tensor(self._dtype, binding.in_features * rank, binding.a_offset)
+        b_HR = pages.tensor(self._dtype, binding.out_features * rank, binding.b_offset)
+        return EmbeddingUpdate(
+            a_VR.view(binding.in_features, rank), b_HR.view(binding.out_features, rank), binding.scale
+        )
+
+
+def _read_exactly(path: Path, target: memoryview) -> None:
+    """Fill `target` with the file's data section."""
+    section = data_section(path)
+    if section.num_bytes < len(target):
+        raise AdapterRejected(f"{path.name} holds {section.num_bytes} bytes of tensors, {len(target)} expected")
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        done = 0
+        while done < len(target):
+            count = os.preadv(fd, [target[done:]], section.offset + done)
+            if count == 0:
+                raise AdapterRejected(f"{path.name} ends after {done} of {len(target)} bytes")
+            done += count
+    finally:
+        os.close(fd)

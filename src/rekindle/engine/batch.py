@@ -1,0 +1,140 @@
+"""From a step plan to tensors.
+
+Sequences are ordered base first, then adapter by adapter, so that every adapter's rows are one slice; within a sequence
+rows rise in position. `Layout` keeps the plan's order so that results can be given back in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rekindle.engine.adapters import ResidentAdapter
+from rekindle.engine.kernels.interface import AttentionBatch, LoraBatch
+from rekindle.engine.models.decoder import ForwardBatch
+from rekindle.engine.scheduler.plan import PlannedSequence
+from rekindle.protocol.identity import AdapterDigest, RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRows:
+    """Rows `start .. end` of a step belong to one adapter."""
+
+    adapter: ResidentAdapter
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A step's rows. `order[i]` is the plan's index of the i-th sequence in row order, which owns rows
+    `starts[i] .. starts[i + 1]`."""
+
+    order: tuple[int, ...]
+    starts: tuple[int, ...]
+    adapters: tuple[AdapterRows, ...]
+    forward: ForwardBatch
+
+
+def lay_out(
+    sequences: Sequence[PlannedSequence],
+    page_tokens: int,
+    adapter_of: Callable[[AdapterDigest], ResidentAdapter],
+    latest_samples: Mapping[RequestId, Sequence[int]],
+) -> Layout:
+    """Build a step's tensors. `latest_samples` fills the positions planned before their tokens were known."""
+    order = sorted(range(len(sequences)), key=lambda i: sequences[i].request.adapter or "")
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    starts = [0]
+    for i in order:
+        planned = sequences[i]
+        token_ids += planned.token_ids
+        if planned.num_placeholders:
+            token_ids += latest_samples[planned.request.request_id][-planned.num_placeholders :]
+        end = planned.start + planned.num_positions
+        positions += range(planned.start, end)
+        pages = planned.pages
+        slots += [pages[p // page_tokens] * page_tokens + p % page_tokens for p in range(planned.start, end)]
+        starts.append(len(positions))
+    ordered = [sequences[i] for i in order]
+    adapters = _adapter_rows(ordered, starts, adapter_of)
+    forward = ForwardBatch(
+        token_ids_T=torch.tensor(token_ids),
+        positions_T=torch.tensor(positions),
+        attention=_attention_batch(ordered, starts, slots, page_tokens),
+        lora=lora_batch(adapters, len(positions)),
+    )
+    return Layout(tuple(order), tuple(starts), adapters, forward)
+
+
+def lora_batch(adapters: Sequence[AdapterRows], num_rows: int) -> LoraBatch | None:
+    """The adapters of `num_rows` rows as kernels see them; None if all rows use the base alone.
+
+    Rows between or after the given groups become segments that change nothing.
+    """
+    if not adapters:
+        return None
+    row_start: list[int] = []
+    tables: list[torch.Tensor] = []
+    nothing_LPF = torch.zeros_like(adapters[0].adapter.table_LPF)
+    end = adapters[0].start
+    for rows in adapters:
+        if rows.start > end:
+            row_start.append(end)
+            tables.append(nothing_LPF)
+        row_start.append(rows.start)
+        tables.append(rows.adapter.table_LPF)
+        end = rows.end
+    if end < num_rows:
+        row_start.append(end)
+        tables.append(nothing_LPF)
+    row_start.append(num_rows)
+    return LoraBatch(row_start, torch.tensor(row_start, dtype=torch.int32), torch.stack(tables))
+
+
+def select_rows(adapters: Sequence[AdapterRows], rows: Sequence[int]) -> tuple[AdapterRows, ...]:
+    """Which of the chosen rows, which rise, belong to which adapter, counted in their own order."""
+    selected = []
+    for group in adapters:
+        mine = [i for i, row in enumerate(rows) if group.start <= row < group.end]
+        if mine:
+            selected.append(AdapterRows(group.adapter, mine[0], mine[-1] + 1))
+    return tuple(selected)
+
+
+def _adapter_rows(
+    ordered: Sequence[PlannedSequence],
+    starts: Sequence[int],
+    adapter_of: Callable[[AdapterDigest], ResidentAdapter],
+) -> tuple[AdapterRows, ...]:
+    groups: list[AdapterRows] = []
+    first = 0
+    for i, planned in enumerate(ordered):
+        digest = planned.request.adapter
+        is_last = i + 1 == len(ordered) or ordered[i + 1].request.adapter != digest
+        if is_last:
+            if digest is not None:
+                groups.append(AdapterRows(adapter_of(digest), starts[first], starts[i + 1]))
+            first = i + 1
+    return tuple(groups)
+
+
+def _attention_batch(
+    ordered: Sequence[PlannedSequence], starts: list[int], slots: list[int], page_tokens: int
+) -> AttentionBatch:
+    context = [planned.start + planned.num_positions for planned in ordered]
+    width = max(-(-length // page_tokens) for length in context)
+    pages = [list(planned.pages[:width]) for planned in ordered]
+    padded = [row + [0] * (width - len(row)) for row in pages]
+    return AttentionBatch(
+        query_start=starts,
+        context=context,
+        query_start_S1=torch.tensor(starts, dtype=torch.int32),
+        context_S=torch.tensor(context, dtype=torch.int32),
+        pages_SM=torch.tensor(padded, dtype=torch.int32),
+        slots_T=torch.tensor(slots),
+    )

@@ -1,0 +1,159 @@
+"""One replica on one device: the scheduler, the runner and the adapters' memory, joined.
+
+`step` is the whole loop body: take in finished adapter loads, plan, act, commit. Everything here belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from rekindle.clock import Clock
+from rekindle.engine.adapters import AdapterMemory
+from rekindle.engine.kernels.select import select_kernels
+from rekindle.engine.memory import PagePool, page_bytes_for
+from rekindle.engine.models.decoder import Decoder
+from rekindle.engine.models.registry import read_architecture
+from rekindle.engine.runner import Runner
+from rekindle.engine.scheduler.scheduler import Scheduler, SchedulerConfig
+from rekindle.engine.weights import Weights
+from rekindle.errors import ConfigurationError, InvalidRequest
+from rekindle.protocol.adapters import AdapterManifest
+from rekindle.protocol.generation import GenerateRequest, TokenChunk
+from rekindle.protocol.identity import AdapterDigest, RequestId
+from rekindle.protocol.replica import EngineReady, EngineSettings, EngineStats
+from rekindle.units import format_bytes
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_MIN_PAGES = 4
+
+
+class Engine:
+    """See the module. `wake` is called from another thread when there may be something new to run.
+
+    Raises:
+        ConfigurationError: the memory budget does not hold a usable pool, or a setting is out of range.
+        ModelRejected: the model's files do not match its configuration.
+    """
+
+    def __init__(self, settings: EngineSettings, clock: Clock, wake: Callable[[], None]) -> None:
+        started_s = clock.monotonic_s()
+        torch.set_num_threads(settings.num_threads)
+        torch.set_grad_enabled(False)
+        dtype = _dtype(settings)
+        directory = Path(settings.model_dir)
+        arch = read_architecture(json.loads((directory / "config.json").read_text()))
+        context_tokens = min(settings.model.context_length, arch.max_positions)
+        weights = Weights(directory / "model.safetensors", dtype, arch.tensor_shapes())
+        model = Decoder(arch, weights, select_kernels(settings.deterministic), context_tokens)
+        weights.release_pages()
+        loaded_s = clock.monotonic_s()
+
+        shape = arch.attention[0]
+        page_bytes = page_bytes_for(shape, arch.num_layers, settings.page_tokens, dtype)
+        num_pages = settings.memory_bytes // page_bytes
+        _check_pool(num_pages, page_bytes, settings)
+        self._pool = PagePool(num_pages, page_bytes)
+        self._adapters = AdapterMemory(self._pool, arch.num_layers, dtype, wake)
+        kv = self._pool.kv(shape, arch.num_layers, settings.page_tokens, dtype)
+        self._runner = Runner(model, kv, self._adapters)
+        self._vocab_size = arch.vocab_size
+        self._clock = clock
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                base=settings.model.digest,
+                num_pages=num_pages,
+                page_tokens=settings.page_tokens,
+                page_bytes=page_bytes,
+                element_bytes=dtype.itemsize,
+                max_step_tokens=settings.max_step_tokens,
+                max_sequences=settings.max_sequences,
+                max_queued=settings.max_queued,
+                max_context_tokens=context_tokens,
+            )
+        )
+        self.ready = EngineReady(
+            num_pages=num_pages,
+            page_bytes=page_bytes,
+            page_tokens=settings.page_tokens,
+            max_context_tokens=context_tokens,
+            parts_s=(("weights", loaded_s - started_s), ("pool", clock.monotonic_s() - loaded_s)),
+        )
+
+    @property
+    def has_runnable(self) -> bool:
+        """Whether `step` would compute something or take in a finished load."""
+        return self._scheduler.has_runnable
+
+    def add_adapter(self, manifest: AdapterManifest, path: str) -> None:
+        """Make a version known; its bytes are read when a request first needs them."""
+        self._adapters.register(manifest.digest, Path(path))
+        self._scheduler.add_adapter(manifest)
+
+    def remove_adapter(self, digest: AdapterDigest) -> None:
+        """Forget a version once no sequence uses it."""
+        self._scheduler.remove_adapter(digest)
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Queue a sequence.
+
+        Raises:
+            InvalidRequest: it can never run here: a token is not in the vocabulary, or it is too long.
+            NotFound: its adapter is unknown.
+            Overloaded: the queue is full.
+        """
+        highest = max(request.prompt_token_ids, default=0)
+        lowest = min(request.prompt_token_ids, default=0)
+        if highest >= self._vocab_size or lowest < 0:
+            bad = highest if highest >= self._vocab_size else lowest
+            raise InvalidRequest(
+                f"token id {bad} is outside the vocabulary of {self._vocab_size} tokens", field="prompt"
+            )
+        self._scheduler.submit(request, self._clock.monotonic_s())
+
+    def abort(self, request_id: RequestId) -> None:
+        """Stop a sequence; unknown ids are ignored."""
+        self._scheduler.abort(request_id)
+
+    def step(self) -> list[TokenChunk]:
+        """Run one step if there is something to run; returns what its sequences gained."""
+        chunks: list[TokenChunk] = []
+        for outcome in self._adapters.finished():
+            if outcome.error is None:
+                self._scheduler.adapter_loaded(outcome.digest)
+            else:
+                chunks += self._scheduler.adapter_failed(outcome.digest, outcome.error)
+        plan = self._scheduler.schedule(self._clock.monotonic_s())
+        for digest in plan.evicted:
+            self._adapters.evict(digest)
+        for load in plan.loads:
+            self._adapters.start_load(load)
+        if plan.sequences:
+            chunks += self._scheduler.commit(plan, self._runner.execute(plan))
+        return chunks
+
+    def stats(self) -> EngineStats:
+        """Load and memory as of now."""
+        return self._scheduler.stats()
+
+    def close(self) -> None:
+        """Release threads and memory."""
+        self._adapters.close()
+        self._pool.close()
+
+
+def _dtype(settings: EngineSettings) -> torch.dtype:
+    if settings.dtype not in DTYPES:
+        raise ConfigurationError(f"dtype {settings.dtype!r} is not supported; choose {' or '.join(DTYPES)}")
+    return DTYPES[settings.dtype]
+
+
+def _check_pool(num_pages: int, page_bytes: int, settings: EngineSettings) -> None:
+    if num_pages < _MIN_PAGES:
+        raise ConfigurationError(
+            f"a page pool of {format_bytes(settings.memory_bytes)} holds {num_pages} pages of "
+            f"{format_bytes(page_bytes)}, at least {_MIN_PAGES} are needed; raise the memory budget"
+        )

@@ -1,0 +1,66 @@
+"""Linear layers on a CPU.
+
+oneDNN with its weight reordered once reads memory about a third faster than torch's plain bf16 matmul at few rows. The
+reordered copy replaces the stored weight, whose mapped pages are then released.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from rekindle.engine.kernels.interface import PackedLinear
+
+_TILE_ROWS = 16
+_PACKED_FOR_ROWS = 8
+"""The batch size oneDNN optimises the weight's layout for: decode batches, where reading weights dominates."""
+
+
+class OneDnnLinear:
+    """A bf16 linear layer in oneDNN's own weight layout."""
+
+    def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
+        self.out_features, self.in_features = weight_NK.shape
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK, _PACKED_FOR_ROWS)
+        self._bias_N = None if bias_N is None else bias_N.clone()
+
+    def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
+        y_TN: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_TK, self._packed, self._bias_N, "none", [], "")
+        return y_TN
+
+
+class PlainLinear:
+    """A linear layer on the weight as stored."""
+
+    def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
+        self.out_features, self.in_features = weight_NK.shape
+        self._weight_NK, self._bias_N = weight_NK, bias_N
+
+    def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
+        return F.linear(x_TK, self._weight_NK, self._bias_N)
+
+
+class TiledLinear:
+    """A linear layer computed in tiles of a fixed number of rows, so that a row's result never depends on how many
+    other rows there are."""
+
+    def __init__(self, inner: PackedLinear) -> None:
+        self.in_features, self.out_features = inner.in_features, inner.out_features
+        self._inner = inner
+
+    def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
+        num_rows = len(x_TK)
+        padded_TK = F.pad(x_TK, (0, 0, 0, -num_rows % _TILE_ROWS))
+        return torch.cat([self._inner(tile) for tile in torch.split(padded_TK, _TILE_ROWS)])[:num_rows]
+
+
+def pack_linear(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
+    """The fastest linear layer torch has for this weight on this CPU."""
+    if weight_NK.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return OneDnnLinear(weight_NK, bias_N)
+    return PlainLinear(weight_NK, bias_N)
+
+
+def pack_tiled_linear(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
+    """As `pack_linear`, with results that do not depend on the batch."""
+    return TiledLinear(pack_linear(weight_NK, bias_N))

@@ -1,0 +1,125 @@
+"""The page pool's memory on a CPU: an anonymous file of equal pages, and mappings that lay scattered pages in a row.
+
+The file is mapped once as a whole, which is how keys and values are addressed, and piecewise for each adapter, whose
+pages then appear as one contiguous vector. Which page belongs to whom is the scheduler's business.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import mmap
+import os
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+
+from rekindle.engine.kernels.interface import AttentionShape, KVPool
+from rekindle.errors import ConfigurationError
+from rekindle.units import format_bytes
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+]  # fmt: skip
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+_MAP_FIXED = 0x10
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+class PagePool:
+    """`num_pages` pages of `page_bytes` bytes, a multiple of the machine's page size. Untouched pages cost nothing.
+
+    Raises:
+        ConfigurationError: the pool cannot be reserved, or its page size is not a multiple of the machine's.
+    """
+
+    def __init__(self, num_pages: int, page_bytes: int) -> None:
+        if page_bytes % mmap.PAGESIZE:
+            raise ConfigurationError(f"pages of {page_bytes} bytes are not a multiple of {mmap.PAGESIZE}")
+        self.num_pages, self.page_bytes = num_pages, page_bytes
+        self._fd = os.memfd_create("rekindle-pages", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self._fd, num_pages * page_bytes)
+            self._map = mmap.mmap(self._fd, num_pages * page_bytes)
+        except (OSError, ValueError) as error:
+            os.close(self._fd)
+            size = format_bytes(num_pages * page_bytes)
+            raise ConfigurationError(f"cannot reserve a page pool of {size}: {error}") from error
+
+    def kv(self, shape: AttentionShape, num_layers: int, page_tokens: int, dtype: torch.dtype) -> KVPool:
+        """The pool as keys and values; a page may be a little longer than its tokens need."""
+        width = 2 * shape.num_kv_heads
+        sizes = (self.num_pages, num_layers, page_tokens, width, shape.head_dim)
+        token = width * shape.head_dim
+        strides = (self.page_bytes // dtype.itemsize, page_tokens * token, token, shape.head_dim, 1)
+        flat = torch.frombuffer(self._map, dtype=dtype)
+        return KVPool(flat.as_strided(sizes, strides))
+
+    def map_pages(self, pages: Sequence[int]) -> MappedPages:
+        """The given pages side by side, in order, as one writable vector."""
+        return MappedPages(self._fd, pages, self.page_bytes)
+
+    def close(self) -> None:
+        """Give the file up; memory goes when the last mapping of it does."""
+        os.close(self._fd)
+
+
+class MappedPages:
+    """Scattered pages mapped side by side. `address` and `buffer` are valid until `close`."""
+
+    def __init__(self, fd: int, pages: Sequence[int], page_bytes: int) -> None:
+        self.num_bytes = len(pages) * page_bytes
+        anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.address = _mmap(None, self.num_bytes, 0, anonymous, -1, 0)
+        for index, (first, count) in _runs(pages):
+            place = self.address + index * page_bytes
+            protection = mmap.PROT_READ | mmap.PROT_WRITE
+            _mmap(place, count * page_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, first * page_bytes)
+        self.buffer = (ctypes.c_char * self.num_bytes).from_address(self.address)
+
+    def tensor(self, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
+        """`count` elements from element `offset` on."""
+        return torch.frombuffer(self.buffer, dtype=dtype, count=count, offset=offset * dtype.itemsize)
+
+    def close(self) -> None:
+        """Unmap; no view may be used afterwards."""
+        if self.address:
+            _libc.munmap(self.address, self.num_bytes)
+            self.address = 0
+
+    def __enter__(self) -> MappedPages:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def page_bytes_for(shape: AttentionShape, num_layers: int, page_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of a page that holds the keys and values of all layers for `page_tokens` tokens, rounded up to 4 KiB."""
+    payload = num_layers * page_tokens * 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+    return -(-payload // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _mmap(address: int | None, length: int, protection: int, flags: int, fd: int, offset: int) -> int:
+    result = _libc.mmap(address, length, protection, flags, fd, offset)
+    if result == _MAP_FAILED or result is None:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mmap of {length} bytes failed: {os.strerror(code)}")
+    return int(result)
+
+
+def _runs(pages: Sequence[int]) -> list[tuple[int, tuple[int, int]]]:
+    """(index in `pages`, (first page, number of adjacent pages)) of each maximal run of rising neighbours."""
+    runs: list[tuple[int, tuple[int, int]]] = []
+    start = 0
+    for i in range(1, len(pages) + 1):
+        if i == len(pages) or pages[i] != pages[i - 1] + 1:
+            runs.append((start, (pages[start], i - start)))
+            start = i
+    return runs

@@ -1,0 +1,139 @@
+"""Carries out step plans on the device: lays out the batch, runs the model, samples.
+
+A step that fails is run again sequence by sequence, so that only the sequences at fault end with an error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from rekindle.engine.adapters import AdapterMemory, ResidentAdapter
+from rekindle.engine.batch import AdapterRows, Layout, lay_out, lora_batch, select_rows
+from rekindle.engine.kernels.interface import KVPool
+from rekindle.engine.models.decoder import Decoder
+from rekindle.engine.sampling import Sampled, SampleRow, logprobs_of, sample
+from rekindle.engine.scheduler.plan import PlannedSequence, SequenceResult, StepPlan, StepResult
+from rekindle.protocol.generation import TokenLogprobs
+from rekindle.protocol.identity import RequestId
+
+_logger = logging.getLogger(__name__)
+
+_PROMPT_LOGPROB_ROWS = 64
+"""Prompt rows whose logits are held at once."""
+
+
+class Runner:
+    """One model on one device. Owns no budget and makes no choice that the plan has not made."""
+
+    def __init__(self, model: Decoder, pool: KVPool, adapters: AdapterMemory) -> None:
+        self._model, self._pool, self._adapters = model, pool, adapters
+        self._page_tokens = pool.kv_PLBCD.shape[2]
+        self._latest_samples: dict[RequestId, tuple[int, ...]] = {}
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Compute every planned sequence. Never raises for what one sequence did; see `SequenceResult.error`."""
+        try:
+            results = self._run(plan.sequences)
+        except (RuntimeError, MemoryError):
+            _logger.exception("step %d failed; running its sequences one by one", plan.step)
+            results = [self._run_alone(planned) for planned in plan.sequences]
+        self._latest_samples = {
+            planned.request.request_id: result.token_ids
+            for planned, result in zip(plan.sequences, results, strict=True)
+            if result.token_ids
+        }
+        return StepResult(plan.step, tuple(results))
+
+    def _run_alone(self, planned: PlannedSequence) -> SequenceResult:
+        try:
+            return self._run([planned])[0]
+        except (RuntimeError, MemoryError) as error:
+            return SequenceResult(error=f"the engine could not compute this request: {error}")
+
+    def _run(self, sequences: Sequence[PlannedSequence]) -> list[SequenceResult]:
+        layout = lay_out(sequences, self._page_tokens, self._adapters.get, self._latest_samples)
+        hidden_TH = self._model.forward(self._embed(layout), layout.forward, self._pool)
+        sampled = self._sample(sequences, layout, hidden_TH)
+        results: list[SequenceResult | None] = [None] * len(sequences)
+        for place, index in enumerate(layout.order):
+            prompt_logprobs = self._prompt_logprobs(sequences[index], layout, place, hidden_TH)
+            results[index] = _result(sequences[index], sampled.get(index), prompt_logprobs)
+        return [result for result in results if result is not None]
+
+    def _embed(self, layout: Layout) -> torch.Tensor:
+        token_ids_T = layout.forward.token_ids_T
+        embedded_TH = self._model.embed(token_ids_T)
+        for rows in layout.adapters:
+            part = slice(rows.start, rows.end)
+            if rows.adapter.replaced_embedding_VH is not None:
+                embedded_TH[part] = rows.adapter.replaced_embedding_VH[token_ids_T[part]]
+            if (update := rows.adapter.embedding) is not None:
+                delta = update.a_VR[token_ids_T[part]].float() @ update.b_HR.float().T * update.scale
+                embedded_TH[part] = (embedded_TH[part].float() + delta).to(embedded_TH.dtype)
+        return embedded_TH
+
+    def _logits(self, hidden_TH: torch.Tensor, rows: list[int], adapters: Sequence[AdapterRows]) -> torch.Tensor:
+        """Logits of the chosen rows, under the adapters that change the output head."""
+        chosen = select_rows([group for group in adapters if _changes_head(group.adapter)], rows)
+        hidden_RH = hidden_TH[rows]
+        tables = lora_batch(chosen, len(rows))
+        logits_RV = self._model.logits(hidden_RH, tables)
+        for group in chosen:
+            if group.adapter.replaced_head_VH is not None:
+                part = slice(group.start, group.end)
+                logits_RV[part] = self._model.logits_with_head(hidden_RH[part], group.adapter.replaced_head_VH)
+        return logits_RV
+
+    def _sample(
+        self, sequences: Sequence[PlannedSequence], layout: Layout, hidden_TH: torch.Tensor
+    ) -> dict[int, Sampled]:
+        places = [place for place, index in enumerate(layout.order) if sequences[index].samples]
+        if not places:
+            return {}
+        indices = [layout.order[place] for place in places]
+        logits_RV = self._logits(hidden_TH, [layout.starts[place + 1] - 1 for place in places], layout.adapters)
+        rows = [self._sample_row(sequences[index]) for index in indices]
+        return dict(zip(indices, sample(logits_RV, rows), strict=True))
+
+    def _sample_row(self, planned: PlannedSequence) -> SampleRow:
+        request = planned.request
+        pending = self._latest_samples.get(request.request_id, ()) if planned.num_placeholders else ()
+        generated = (*planned.history, *pending) if pending else planned.history
+        return SampleRow(request.sampling, request.prompt_token_ids, generated)
+
+    def _prompt_logprobs(
+        self, planned: PlannedSequence, layout: Layout, place: int, hidden_TH: torch.Tensor
+    ) -> tuple[TokenLogprobs, ...]:
+        num_top = planned.request.sampling.prompt_logprobs
+        if not planned.wants_prompt_logprobs or num_top is None:
+            return ()
+        prompt = planned.request.prompt_token_ids
+        targets = prompt[planned.start + 1 : planned.start + planned.num_positions + 1]
+        first_row = layout.starts[place]
+        found: list[TokenLogprobs] = []
+        for i in range(0, len(targets), _PROMPT_LOGPROB_ROWS):
+            part = targets[i : i + _PROMPT_LOGPROB_ROWS]
+            rows = list(range(first_row + i, first_row + i + len(part)))
+            found += logprobs_of(self._logits(hidden_TH, rows, layout.adapters), part, num_top)
+        return tuple(found)
+
+
+def _changes_head(adapter: ResidentAdapter) -> bool:
+    return "lm_head" in adapter.manifest.targets or adapter.replaced_head_VH is not None
+
+
+def _result(
+    planned: PlannedSequence, sampled: Sampled | None, prompt_logprobs: tuple[TokenLogprobs, ...]
+) -> SequenceResult:
+    if sampled is not None and not sampled.is_finite:
+        return SequenceResult(error="the model's output is not finite for this request")
+    return SequenceResult(
+        token_ids=(sampled.token_id,) if sampled else (),
+        num_accepted=planned.num_positions,
+        logprobs=(sampled.logprobs,) if sampled and sampled.logprobs else None,
+        prompt_logprobs=prompt_logprobs,
+    )

@@ -1,0 +1,80 @@
+"""A base model's tensors as views of its mapped file.
+
+The file is mapped privately and copy-on-write, so untouched pages stay shared with every other process that serves the
+model. Tensors stored side by side can be had as one fused view without a copy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from rekindle.errors import ModelRejected
+from rekindle.store.safetensors_file import TensorEntry, tensor_index
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Weights:
+    """Tensors of one safetensors file, converted to `dtype` when they are read.
+
+    Raises:
+        ModelRejected: names in `expected` are missing, names in the file are left over, or shapes differ.
+    """
+
+    def __init__(self, path: Path, dtype: torch.dtype, expected: Mapping[str, tuple[int, ...]]) -> None:
+        self._entries = tensor_index(path)
+        self._dtype = dtype
+        _check_names(path, self._entries, expected)
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def has(self, name: str) -> bool:
+        return name in self._entries
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor: a view of the file, or a copy if the dtype differs."""
+        entry = self._entries[name]
+        return self._view(entry.offset, entry).view(entry.shape).to(self._dtype)
+
+    def fused(self, names: Sequence[str]) -> torch.Tensor:
+        """Tensors concatenated along their first dimension: a view where the file stores them side by side."""
+        entries = [self._entries[name] for name in names]
+        adjacent = all(
+            after.offset == before.offset + before.num_bytes for before, after in itertools.pairwise(entries)
+        )
+        if not adjacent:
+            return torch.cat([self.tensor(name) for name in names])
+        total = self._view(entries[0].offset, *entries)
+        return total.view(-1, *entries[0].shape[1:]).to(self._dtype)
+
+    def release_pages(self) -> None:
+        """Let the kernel take back this process's mapped pages; they are read again from the file when touched."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+    def _view(self, offset: int, *entries: TensorEntry) -> torch.Tensor:
+        count = sum(entry.num_bytes for entry in entries) // _DTYPES[entries[0].dtype].itemsize
+        return torch.frombuffer(self._map, dtype=_DTYPES[entries[0].dtype], count=count, offset=offset)
+
+
+def _check_names(path: Path, entries: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]]) -> None:
+    missing, left_over = sorted(expected.keys() - entries.keys()), sorted(entries.keys() - expected.keys())
+    if missing or left_over:
+        raise ModelRejected(
+            f"{path.name} does not match its configuration; missing: {_listed(missing)}; "
+            f"left over: {_listed(left_over)}"
+        )
+    for name, shape in expected.items():
+        entry = entries[name]
+        if tuple(entry.shape) != shape:
+            raise ModelRejected(f"{name} has shape {list(entry.shape)}, its configuration says {list(shape)}")
+        if entry.dtype not in _DTYPES:
+            raise ModelRejected(f"{name} has dtype {entry.dtype}; supported: {', '.join(_DTYPES)}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if names else "none"
