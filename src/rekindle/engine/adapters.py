@@ -78,6 +78,11 @@ class AdapterMemory:
         pages = self._pool.map_pages(load.pages)
         self._requests.put((load.manifest, self._paths[load.manifest.digest], pages))
 
+    @property
+    def has_finished(self) -> bool:
+        """Whether `finished` has something to tell."""
+        return not self._outcomes.empty()
+
     def finished(self) -> list[LoadOutcome]:
         """Loads that ended since the last call; successful ones are resident from now on."""
         outcomes = []

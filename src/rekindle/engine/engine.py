@@ -61,6 +61,7 @@ class Engine:
         kv = self._pool.kv(shape, arch.num_layers, settings.page_tokens, dtype)
         self._runner = Runner(model, kv, self._adapters)
         self._vocab_size = arch.vocab_size
+        self._answers: list[TokenChunk] = []
         self._clock = clock
         self._scheduler = Scheduler(
             SchedulerConfig(
@@ -85,8 +86,8 @@ class Engine:
 
     @property
     def has_runnable(self) -> bool:
-        """Whether `step` would compute something or take in a finished load."""
-        return self._scheduler.has_runnable
+        """Whether `step` may have something to do or to say."""
+        return bool(self._answers) or self._scheduler.has_runnable or self._adapters.has_finished
 
     def add_adapter(self, manifest: AdapterManifest, path: str) -> None:
         """Make a version known; its bytes are read when a request first needs them."""
@@ -112,15 +113,15 @@ class Engine:
             raise InvalidRequest(
                 f"token id {bad} is outside the vocabulary of {self._vocab_size} tokens", field="prompt"
             )
-        self._scheduler.submit(request, self._clock.monotonic_s())
+        self._answers += self._scheduler.submit(request, self._clock.monotonic_s())
 
     def abort(self, request_id: RequestId) -> None:
         """Stop a sequence; unknown ids are ignored."""
-        self._scheduler.abort(request_id)
+        self._answers += self._scheduler.abort(request_id)
 
     def step(self) -> list[TokenChunk]:
-        """Run one step if there is something to run; returns what its sequences gained."""
-        chunks: list[TokenChunk] = []
+        """Run one step if there is something to run; returns what sequences gained since the last call."""
+        chunks, self._answers = self._answers, []
         for outcome in self._adapters.finished():
             if outcome.error is None:
                 self._scheduler.adapter_loaded(outcome.digest)

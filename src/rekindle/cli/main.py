@@ -1,0 +1,99 @@
+"""Arguments of the `rekindle` command, and the translation of errors into exit codes.
+
+Exit codes: 0 done, 1 the request was wrong or could not be met, 2 the command line was wrong, 130 interrupted.
+A command's module is imported only when it runs, so that `rekindle --help` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rekindle.errors import RekindleError
+from rekindle.version import VERSION
+
+_DESCRIPTION = "Serve many LoRA adapters from one resident base model, behind the OpenAI API."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    parsed = _parser().parse_args(arguments)
+    module = importlib.import_module(parsed.module)
+    try:
+        return int(getattr(module, parsed.function)(parsed))
+    except RekindleError as error:
+        print(f"rekindle: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rekindle", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"rekindle {VERSION}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_serve(commands)
+    _add_models(commands)
+    _add_adapters(commands)
+    return parser
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(commands, "serve", "serve base models and their adapters over HTTP", "rekindle.cli.serve", "serve")
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help="names of the bases to serve (default: every model of the home)"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in TOML; see docs/reference/settings.md")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override one setting, such as engine.memory=4GiB; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--example", action="store_true", help="print example requests when ready")
+    parser.add_argument("--host", help="address to listen on (setting server.host)")
+    parser.add_argument("--port", type=int, help="port to listen on (setting server.port)")
+
+
+def _add_models(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    models = commands.add_parser("models", help="import, list and remove base models").add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
+    add = _command(models, "add", "import a Hugging Face directory or a GGUF file", "rekindle.cli.models", "add")
+    add.add_argument("path", type=Path, metavar="PATH", help="a model directory, or a .gguf file")
+    add.add_argument("--name", required=True, help="the name clients will use")
+    listing = _command(models, "list", "list imported models", "rekindle.cli.models", "list_models")
+    listing.add_argument("--names", action="store_true", help="print nothing but names, one a line")
+    remove = _command(models, "rm", "remove a model and its files", "rekindle.cli.models", "remove")
+    remove.add_argument("name")
+
+
+def _add_adapters(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    adapters = commands.add_parser("adapters", help="register, list and remove LoRA adapters").add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
+    add = _command(adapters, "add", "register a PEFT adapter directory", "rekindle.cli.adapters", "add")
+    add.add_argument("path", type=Path, metavar="PATH", help="a directory with adapter_config.json and its weights")
+    add.add_argument("--name", required=True, help="the name clients will use; a known name gets a new version")
+    add.add_argument("--base", metavar="MODEL", help="the base model (default: the only one there is)")
+    listing = _command(adapters, "list", "list registered adapters", "rekindle.cli.adapters", "list_adapters")
+    listing.add_argument("--names", action="store_true", help="print nothing but names, one a line")
+    remove = _command(adapters, "rm", "remove an adapter", "rekindle.cli.adapters", "remove")
+    remove.add_argument("name")
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, module: str, function: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(module=module, function=function)
+    parser.add_argument(
+        "--home", type=Path, metavar="DIR", default=None,
+        help="where models, adapters and the catalog live (default: $REKINDLE_HOME or ~/.rekindle)",
+    )  # fmt: skip
+    return parser
