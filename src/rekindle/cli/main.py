@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(commands, "serve", "serve base models and their adapters over HTTP", "rekindle.cli.serve", "serve")
+    parser = _command(
+        commands, "serve", "serve base models and their adapters over HTTP", "rekindle.cli.serve", "serve"
+    )
     parser.add_argument(
         "models", nargs="*", metavar="MODEL", help="names of the bases to serve (default: every model of the home)"
     )

@@ -27,7 +27,9 @@ class EngineOptions:
     """How each engine runs."""
 
     dtype: str = setting("auto", "Compute type: bfloat16, float32, or auto for bfloat16 where the CPU has it.")
-    memory: Bytes | None = setting(None, "Bytes for weights, KV cache and adapters of all models; half of what is free.")
+    memory: Bytes | None = setting(
+        None, "Bytes for weights, KV cache and adapters of all models; half of what is free."
+    )
     threads: int | None = setting(None, "Threads of each engine; the machine's cores.")
     page_tokens: int = setting(16, "Tokens in one page of KV cache.")
     max_step_tokens: int = setting(512, "Most tokens computed in one step; bounds how long a prefill delays others.")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from rekindle.protocol.identity import AdapterDigest, ModelDigest
 
 ALIGNMENT_ELEMENTS = 64
+ADAPTER_FILE_NAME = "adapter.safetensors"
 
 
 @dataclass(frozen=True, slots=True)

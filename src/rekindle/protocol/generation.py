@@ -59,13 +59,24 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a replica did not take a request: the name of the error's class in `rekindle.errors`, and its attributes."""
+
+    kind: str
+    field: str | None = None
+    code: str | None = None
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class TokenChunk:
     """Tokens `offset .. offset + len(token_ids)` of a sequence's output.
 
     The last chunk has a `finish_reason`. A stop token is part of `token_ids`. `logprobs` is None unless asked
     for, and as long as `token_ids` otherwise. `prompt_logprobs` comes once, with the first chunk: one entry per
     prompt token, None for the first. `cached_tokens` counts prompt tokens found in the prefix cache and comes
-    with the first chunk.
+    with the first chunk. With `FinishReason.ERROR`, `error` says what happened; if the request was refused, `refusal`
+    tells how.
     """
 
     request_id: RequestId
@@ -77,3 +88,4 @@ class TokenChunk:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     cached_tokens: int | None = None
     error: str | None = None
+    refusal: Refusal | None = None

@@ -42,6 +42,14 @@ class EngineReady:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineFatal:
+    """The engine cannot go on and exits. `is_configuration`: starting it again the same way cannot help."""
+
+    message: str
+    is_configuration: bool
+
+
+@dataclass(frozen=True, slots=True)
 class AddAdapter:
     """Make a version known to the engine; its bytes are read when first needed. `path` is the stored file."""
 

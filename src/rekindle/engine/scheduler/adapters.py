@@ -1,0 +1,235 @@
+"""Which adapter versions a replica knows, and which of them lie in the page pool.
+
+Only the accounting: the bytes are read by whoever carries out an `AdapterLoad`. A version is pinned by every sequence
+that runs with it and referenced by every unfinished one. A ready version without pins is idle: it stays until its
+pages are needed. A removed version is forgotten with its last reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from rekindle.engine.scheduler.config import SchedulerConfig
+from rekindle.engine.scheduler.plan import AdapterLoad
+from rekindle.engine.scheduler.pool import PagePool
+from rekindle.errors import AdapterRejected, InternalError, NotFound
+from rekindle.protocol.adapters import AdapterManifest
+from rekindle.protocol.identity import AdapterDigest
+
+
+class Residency(Enum):
+    """Where a version's bytes are: not in the pool, on their way into it, or there."""
+
+    ABSENT = auto()
+    LOADING = auto()
+    READY = auto()
+
+
+@dataclass(slots=True)
+class _Version:
+    manifest: AdapterManifest
+    num_pages: int
+    residency: Residency = Residency.ABSENT
+    pages: tuple[int, ...] = ()
+    num_pins: int = 0
+    num_references: int = 0
+    is_removed: bool = False
+
+
+class AdapterCache:
+    """Adapter versions by digest, and the idle ones in the order of their last use."""
+
+    def __init__(self, config: SchedulerConfig, pool: PagePool) -> None:
+        self._config = config
+        self._pool = pool
+        self._versions: dict[AdapterDigest, _Version] = {}
+        self._idle_since: dict[AdapterDigest, int] = {}
+        self._evicted: list[AdapterDigest] = []
+        self._num_pages_used = 0
+        self._num_pages_idle = 0
+        self._num_loads = 0
+
+    @property
+    def num_pages_used(self) -> int:
+        """Pages of all versions loading or ready."""
+        return self._num_pages_used
+
+    @property
+    def num_loads(self) -> int:
+        """Loads begun so far."""
+        return self._num_loads
+
+    @property
+    def resident(self) -> tuple[AdapterDigest, ...]:
+        return tuple(key for key, version in self._versions.items() if version.residency is Residency.READY)
+
+    @property
+    def pages_in_use(self) -> tuple[int, ...]:
+        return tuple(page for version in self._versions.values() for page in version.pages)
+
+    def add(self, manifest: AdapterManifest) -> None:
+        """Make a version known; adding it again, even after its removal, keeps what is known of it.
+
+        Raises:
+            AdapterRejected: it belongs to another base model.
+        """
+        if manifest.base != self._config.base:
+            raise AdapterRejected(
+                f"adapter {manifest.digest} was made for base {manifest.base}, but this replica serves "
+                f"{self._config.base}; register it with its own base",
+                field="base_model",
+            )
+        num_bytes = manifest.num_elements * self._config.element_bytes
+        version = self._versions.setdefault(
+            manifest.digest, _Version(manifest, num_pages=-(-num_bytes // self._config.page_bytes))
+        )
+        version.is_removed = False
+
+    def remove(self, digest: AdapterDigest) -> None:
+        """Refuse the version to new sequences and forget it with its last reference; unknown ones are ignored."""
+        version = self._versions.get(digest)
+        if version is not None:
+            version.is_removed = True
+            self._forget_if_done(version)
+
+    def num_pages_of(self, digest: AdapterDigest) -> int:
+        return self._versions[digest].num_pages
+
+    def residency(self, digest: AdapterDigest) -> Residency:
+        return self._versions[digest].residency
+
+    def require(self, digest: AdapterDigest) -> None:
+        """Raise NotFound unless new sequences may use the version."""
+        version = self._versions.get(digest)
+        if version is None or version.is_removed:
+            state = "unknown here" if version is None else "removed"
+            raise NotFound(
+                f"adapter version {digest} is {state}; register it, or ask for one that is served",
+                field="model",
+                code="model_not_found",
+            )
+
+    def reference(self, digest: AdapterDigest) -> None:
+        """Count an unfinished sequence."""
+        self._versions[digest].num_references += 1
+
+    def unreference(self, digest: AdapterDigest) -> None:
+        version = self._versions[digest]
+        version.num_references -= 1
+        self._forget_if_done(version)
+
+    def pin(self, digest: AdapterDigest) -> None:
+        """Keep a ready version in its pages while a sequence runs with it."""
+        version = self._versions[digest]
+        if version.residency is not Residency.READY:
+            raise InternalError(f"adapter {digest} is {version.residency.name} and cannot be run with")
+        if version.num_pins == 0:
+            del self._idle_since[digest]
+            self._num_pages_idle -= version.num_pages
+        version.num_pins += 1
+
+    def unpin(self, digest: AdapterDigest, now: int) -> None:
+        version = self._versions[digest]
+        version.num_pins -= 1
+        if version.num_pins == 0:
+            self._set_idle(version, now)
+            self._forget_if_done(version)
+
+    def begin_load(self, digest: AdapterDigest, pages: tuple[int, ...]) -> AdapterLoad:
+        """Hand `pages` to an absent version; they are its own until it is evicted or its load fails."""
+        version = self._versions[digest]
+        if version.residency is not Residency.ABSENT or len(pages) != version.num_pages:
+            raise InternalError(
+                f"adapter {digest} is {version.residency.name} and takes {version.num_pages} pages; "
+                f"a load into {len(pages)} makes no sense"
+            )
+        version.residency = Residency.LOADING
+        version.pages = pages
+        self._num_pages_used += len(pages)
+        self._num_loads += 1
+        return AdapterLoad(version.manifest, pages)
+
+    def end_load(self, digest: AdapterDigest, now: int) -> None:
+        """The version's bytes are in its pages."""
+        version = self._loading(digest)
+        version.residency = Residency.READY
+        self._set_idle(version, now)
+        self._forget_if_done(version)
+
+    def fail_load(self, digest: AdapterDigest) -> None:
+        """The version's bytes will not come; it is absent again and its pages are free."""
+        version = self._loading(digest)
+        self._give_pages_back(version)
+        self._forget_if_done(version)
+
+    def idle_since(self, keep: Collection[AdapterDigest]) -> int | None:
+        """The moment of the last use of the version that `evict_oldest` would take."""
+        return next((now for digest, now in self._idle_since.items() if digest not in keep), None)
+
+    def num_pages_idle(self, keep: Collection[AdapterDigest]) -> int:
+        """Pages that evicting every idle version outside `keep` would free."""
+        kept = sum(self._versions[digest].num_pages for digest in keep if digest in self._idle_since)
+        return self._num_pages_idle - kept
+
+    def evict_oldest(self, keep: Collection[AdapterDigest]) -> None:
+        """Free the pages of the idle version outside `keep` whose last use is longest ago.
+
+        Raises:
+            InternalError: there is none.
+        """
+        digest = next((digest for digest in self._idle_since if digest not in keep), None)
+        if digest is None:
+            raise InternalError("no adapter is idle: nothing can be evicted from the adapter cache")
+        self._evict(self._versions[digest])
+
+    def take_evicted(self) -> tuple[AdapterDigest, ...]:
+        """The versions that have left their pages since the last call."""
+        evicted = tuple(self._evicted)
+        self._evicted.clear()
+        return evicted
+
+    def check_integrity(self) -> None:
+        """Raise InternalError unless the counts agree with the versions."""
+        versions = self._versions
+        idle = {key for key, it in versions.items() if it.residency is Residency.READY and it.num_pins == 0}
+        if idle != self._idle_since.keys():
+            raise InternalError(f"adapters {sorted(idle)} have no pins, but {sorted(self._idle_since)} are idle")
+        counted = (len(self.pages_in_use), sum(versions[digest].num_pages for digest in idle))
+        if counted != (self._num_pages_used, self._num_pages_idle):
+            raise InternalError(
+                f"adapters use {counted[0]} pages, {counted[1]} of them idle, "
+                f"but {self._num_pages_used} and {self._num_pages_idle} are on record"
+            )
+
+    def _loading(self, digest: AdapterDigest) -> _Version:
+        version = self._versions.get(digest)
+        if version is None or version.residency is not Residency.LOADING:
+            raise InternalError(f"the end of a load of adapter {digest} was reported, but none is under way")
+        return version
+
+    def _set_idle(self, version: _Version, now: int) -> None:
+        self._idle_since[version.manifest.digest] = now
+        self._num_pages_idle += version.num_pages
+
+    def _forget_if_done(self, version: _Version) -> None:
+        if not version.is_removed or version.num_references or version.num_pins:
+            return
+        if version.residency is Residency.LOADING:
+            return
+        if version.residency is Residency.READY:
+            self._evict(version)
+        del self._versions[version.manifest.digest]
+
+    def _evict(self, version: _Version) -> None:
+        del self._idle_since[version.manifest.digest]
+        self._num_pages_idle -= version.num_pages
+        self._evicted.append(version.manifest.digest)
+        self._give_pages_back(version)
+
+    def _give_pages_back(self, version: _Version) -> None:
+        self._pool.release_all(version.pages)
+        self._num_pages_used -= len(version.pages)
+        version.pages = ()
+        version.residency = Residency.ABSENT

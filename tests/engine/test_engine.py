@@ -1,0 +1,150 @@
+"""The engine as a whole on a tiny model: isolation of faults, determinism, refusals, adapters coming and going."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.engines import LocalEngine, Output, greedy
+from support.oracle import oracle_greedy, random_prompts
+from support.tiny import VOCABULARY, make_model
+
+from rekindle.engine.models.decoder import Decoder
+from rekindle.errors import ConfigurationError, InvalidRequest, ModelRejected, NotFound
+from rekindle.protocol.generation import FinishReason, GenerateRequest
+from rekindle.protocol.identity import AdapterDigest, RequestId
+from rekindle.protocol.models import ModelManifest
+from rekindle.protocol.sampling import SamplingParams
+from rekindle.store.home import Home
+from rekindle.store.model_import import import_model
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, ModelManifest]:
+    directory = tmp_path_factory.mktemp("engine")
+    model = make_model("llama", directory / "source")
+    home = Home(directory / "home")
+    manifest = import_model(directory / "source", home)
+    return model, home.model_directory(manifest.digest), manifest
+
+
+def engine_of(tiny: tuple[Any, Path, ModelManifest], **changes: object) -> LocalEngine:
+    return LocalEngine(tiny[1], tiny[2], **changes)
+
+
+def test_a_failing_sequence_ends_alone(
+    tiny: tuple[Any, Path, ModelManifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = VOCABULARY - 1
+    forward = Decoder.forward
+
+    def failing(self: Decoder, embedded: torch.Tensor, batch: Any, pool: Any) -> torch.Tensor:
+        if bool((batch.token_ids_T == poison).any()):
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] out of memory")
+        return forward(self, embedded, batch, pool)
+
+    monkeypatch.setattr(Decoder, "forward", failing)
+    engine = engine_of(tiny)
+    good = [3, 4, 5, 6]
+    outputs = engine.run([greedy("good", good, 6), greedy("bad", [7, poison, 8], 6)])
+    assert outputs["bad"].finish_reason is FinishReason.ERROR
+    assert "out of memory" in (outputs["bad"].error or "")
+    assert outputs["good"].token_ids == oracle_greedy(tiny[0], good, 6)
+    engine.close()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_deterministic_text_does_not_depend_on_the_batch(
+    tiny: tuple[Any, Path, ModelManifest], dtype: str
+) -> None:
+    prompts = [random_prompts(seed)[2] for seed in range(6)]
+
+    def request(i: int) -> GenerateRequest:
+        return greedy(f"r{i}", prompts[i], 20, temperature=1.0, seed=i, logprobs=2, prompt_logprobs=1)
+
+    def run(indices: list[int], max_step_tokens: int) -> dict[str, Output]:
+        engine = engine_of(tiny, dtype=dtype, deterministic=True, max_step_tokens=max_step_tokens)
+        outputs = engine.run([request(i) for i in indices])
+        engine.close()
+        return outputs
+
+    together = run([0, 1, 2, 3, 4, 5], 64)
+    for i in (0, 3):
+        for max_step_tokens in (32, 256):
+            alone = run([i], max_step_tokens)[f"r{i}"]
+            assert alone.token_ids == together[f"r{i}"].token_ids
+            assert alone.logprobs == together[f"r{i}"].logprobs
+            assert alone.prompt_logprobs == together[f"r{i}"].prompt_logprobs
+
+
+def test_seeded_text_is_the_same_after_preemption_and_resumption(tiny: tuple[Any, Path, ModelManifest]) -> None:
+    prompt = random_prompts()[2]
+    sampling = SamplingParams(max_tokens=24, seed=5, temperature=1.0, top_p=0.9)
+    engine = engine_of(tiny)
+    whole = engine.run([GenerateRequest(RequestId("whole"), tuple(prompt), sampling)])["whole"]
+    resumed = GenerateRequest(
+        RequestId("resumed"), tuple(prompt), sampling, epoch=1, generated_token_ids=tuple(whole.token_ids[:10])
+    )
+    engine.outputs["resumed"] = Output(token_ids=whole.token_ids[:10])
+    engine.engine.submit(resumed)
+    assert engine.run()["resumed"].token_ids == whole.token_ids
+    engine.close()
+
+
+def test_tokens_outside_the_vocabulary_are_refused_with_the_number(tiny: tuple[Any, Path, ModelManifest]) -> None:
+    engine = engine_of(tiny)
+    for token in (VOCABULARY, -1):
+        with pytest.raises(InvalidRequest, match=str(token)):
+            engine.engine.submit(greedy("bad", [3, token], 2))
+    engine.close()
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_numbers(tiny: tuple[Any, Path, ModelManifest]) -> None:
+    engine = engine_of(tiny)
+    with pytest.raises(InvalidRequest, match="256"):
+        engine.engine.submit(greedy("long", [3] * 256, 2))
+    engine.close()
+    small = engine_of(tiny, memory_bytes=engine.engine.ready.page_bytes * 4)
+    with pytest.raises(InvalidRequest, match="4"):
+        small.engine.submit(greedy("long", [3] * 70, 2))
+    small.close()
+
+
+def test_an_unknown_adapter_is_refused(tiny: tuple[Any, Path, ModelManifest]) -> None:
+    engine = engine_of(tiny)
+    with pytest.raises(NotFound):
+        engine.engine.submit(greedy("who", [3], 2, AdapterDigest("f" * 64)))
+    engine.close()
+
+
+def test_a_pool_too_small_to_serve_is_a_configuration_error(tiny: tuple[Any, Path, ModelManifest]) -> None:
+    with pytest.raises(ConfigurationError, match="raise the memory budget"):
+        engine_of(tiny, memory_bytes=1000)
+
+
+def test_a_model_whose_tensors_do_not_match_lists_them(
+    tiny: tuple[Any, Path, ModelManifest], tmp_path: Path
+) -> None:
+    for file in tiny[1].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 4'))
+    with pytest.raises(ModelRejected, match=r"missing: .*model\.layers\.3\.mlp\.down_proj\.weight"):
+        LocalEngine(tmp_path, tiny[2])
+
+
+def test_aborted_sequences_give_their_pages_back(tiny: tuple[Any, Path, ModelManifest]) -> None:
+    engine = engine_of(tiny)
+    for i in range(6):
+        engine.submit(f"r{i}", greedy(f"r{i}", random_prompts(i)[2], 100))
+    for _ in range(5):
+        engine.step()
+    for i in range(6):
+        engine.engine.abort(RequestId(f"r{i}"))
+    engine.run()
+    stats = engine.engine.stats()
+    assert stats.pages_kv_in_use == 0
+    assert stats.num_running == stats.num_waiting == 0
+    engine.close()
