@@ -111,7 +111,7 @@ def fit(model: Any, examples: Sequence[Example]) -> None:
     model.train()
     for step, batch in enumerate(batches(examples)):
         loss = batch_loss(model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()

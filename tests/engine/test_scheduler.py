@@ -212,16 +212,18 @@ def test_prompt_logprobs_come_once_with_the_first_chunk_and_none_first():
 
 
 def test_prompt_logprobs_survive_a_preemption_in_the_middle_of_the_prompt():
-    replica = Replica(make_config(num_pages=8, max_step_tokens=4, max_sequences=3))
+    replica = Replica(make_config(num_pages=8, max_step_tokens=2, max_sequences=2))
     replica.submit(make_request("old", 4, max_tokens=28))
-    for _ in range(3):
+    for _ in range(8):
         replica.step()
-    replica.submit(make_request("new", 17, max_tokens=2, prompt_logprobs=0))
+    replica.submit(make_request("new", 16, max_tokens=2, prompt_logprobs=0))
     replica.run()
     preempted = [plan.preempted for plan in replica.plans if plan.preempted]
     planned = [planned for plan in replica.plans for planned in plan.sequences]
+    starts = [it.start for it in planned if it.request.request_id == "new"]
     assert preempted == [("new",)]
-    assert [it.start for it in planned if it.request.request_id == "new"].count(0) == 2
+    assert starts.count(0) == 2
+    assert 1 < starts.index(0, 1) < 16
     replica.check_stream(RequestId("new"))
 
 
@@ -233,6 +235,14 @@ def test_cached_tokens_come_with_the_first_chunk_and_never_cover_the_whole_promp
     first, second = (replica.chunks[RequestId(name)] for name in ("a", "b"))
     assert [chunk.cached_tokens for chunk in first] == [0, None, None]
     assert [chunk.cached_tokens for chunk in second] == [PAGE_TOKENS, None, None]
+
+
+def test_a_sequence_that_goes_on_from_a_cached_prefix_caches_what_follows():
+    replica = Replica(make_config())
+    for name, num_tokens in (("a", 6), ("b", 14), ("c", 20)):
+        replica.submit(make_request(name, tuple(range(num_tokens)), max_tokens=1))
+        replica.run()
+    assert [replica.chunks[RequestId(name)][0].cached_tokens for name in ("a", "b", "c")] == [0, 4, 12]
 
 
 def test_a_request_for_prompt_logprobs_looks_nothing_up_and_caches_nothing():

@@ -142,6 +142,37 @@ def test_a_version_removed_while_it_loads_is_forgotten_when_the_load_ends():
     assert replica.step().evicted == ("x",)
 
 
+def test_a_removed_version_is_kept_until_the_last_step_in_flight_with_it_is_committed():
+    replica = Replica(make_config(), depth=2)
+    replica.scheduler.add_adapter(make_manifest("x", num_pages=2))
+    replica.submit(make_request("a", adapter="x"))
+    replica.schedule()
+    replica.end_all_loads()
+    replica.schedule()
+    replica.abort(RequestId("a"))
+    replica.scheduler.remove_adapter(AdapterDigest("x"))
+    assert replica.scheduler.stats().resident_adapters == ("x",)
+    replica.drain()
+    assert replica.scheduler.stats().resident_adapters == ()
+
+
+def test_a_sequence_whose_adapter_is_evicted_again_and_again_is_not_starved():
+    replica = Replica(make_config(num_pages=14, max_sequences=4))
+    replica.scheduler.add_adapter(make_manifest("x", num_pages=7))
+    replica.submit(make_request("victim", 20, max_tokens=2, adapter="x"))
+    for number in range(600):
+        replica.submit(make_request(f"base-{number}", 8, max_tokens=9))
+    for step in range(4000):
+        if replica.output("victim"):
+            break
+        replica.step()
+        if step % 3 == 0:
+            replica.end_all_loads()
+    started = {name for plan in replica.plans for name in planned_names(plan)}
+    print(len(started), replica.scheduler.stats())
+    assert len(started) < 100
+
+
 def test_a_version_added_again_after_its_removal_is_served_again():
     replica = Replica(make_config())
     replica.scheduler.add_adapter(make_manifest("x"))

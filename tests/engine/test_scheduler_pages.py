@@ -1,6 +1,7 @@
 import pytest
 
 from rekindle.engine.scheduler.admission import MAX_OVERTAKEN
+from rekindle.engine.scheduler.memory import adapter_goes_first
 from rekindle.engine.scheduler.plan import SequenceResult, StepResult
 from rekindle.engine.scheduler.scheduler import Scheduler
 from rekindle.errors import (
@@ -109,6 +110,40 @@ def test_a_victim_in_flight_keeps_its_pages_until_the_commit_and_loses_no_token(
     replica.run()
     replica.check_stream(RequestId("old"))
     replica.check_stream(RequestId("new"))
+
+
+def test_nobody_is_preempted_while_pages_of_an_ended_sequence_are_about_to_come_free():
+    replica = Replica(make_config(num_pages=5, max_sequences=3), depth=2)
+    for name in ("old", "new", "aborted"):
+        replica.submit(make_request(name, 3, max_tokens=6))
+    replica.schedule()
+    replica.schedule()
+    replica.abort(RequestId("aborted"))
+    plan = replica.schedule()
+    assert (planned_names(plan), plan.preempted) == (["old", "new"], ())
+    replica.run()
+    assert not any(plan.preempted for plan in replica.plans)
+
+
+def test_nobody_is_admitted_in_a_step_that_preempts():
+    replica = Replica(make_config(num_pages=6, max_sequences=3))
+    replica.submit(make_request("old", 4, max_tokens=16))
+    replica.submit(make_request("new", 4, max_tokens=16))
+    while not replica.plans or not replica.plans[-1].preempted:
+        replica.step()
+        if len(replica.plans) == 6:
+            replica.submit(make_request("late", 4, max_tokens=1))
+    assert planned_names(replica.plans[-1]) == ["old"]
+    replica.run()
+    replica.check_stream(RequestId("late"))
+
+
+@pytest.mark.parametrize(
+    ("adapter_idle_since", "prefix_idle_since", "expected"),
+    [(1, 2, True), (2, 1, False), (2, 2, False), (1, None, True), (None, 1, False)],
+)
+def test_the_next_victim_is_what_was_used_longest_ago(adapter_idle_since, prefix_idle_since, expected):
+    assert adapter_goes_first(adapter_idle_since, prefix_idle_since) is expected
 
 
 def test_a_sequence_that_lacks_pages_does_not_hold_up_those_behind_it():

@@ -43,7 +43,7 @@ class LocalEngine:
             "max_step_tokens": 64,
             "max_sequences": 32,
             "max_queued": 256,
-            "num_threads": 2,
+            "num_threads": 1,
             **changes,
         }
         self.model_dir, self.manifest = model_dir, manifest

@@ -201,6 +201,8 @@ class PagedDevice:
             num_accepted = self._noise.random.randint(0, num_accepted)
             for position in range(start + num_accepted, end):
                 self._write(planned, position, _RUBBISH)
+            if planned.samples and num_accepted < planned.num_positions and self._noise.happens(50):
+                token_ids, logprobs = (VOCABULARY + 1,), (TokenLogprobs(VOCABULARY + 1, 0.0),)
         elif planned.samples:
             wanted = self._noise.random.randint(2, 4) if self._noise.happens(self._noise.extra_percent) else 1
             assert end < len(truth.tokens), "the sequence was over before"
@@ -208,7 +210,9 @@ class PagedDevice:
             token_ids, logprobs = self._continue(truth, end, wanted)
         prompt = truth.request.prompt_token_ids
         last = min(end, len(prompt) - 1)
-        prompt_logprobs = tuple(Truth.logprob(prompt[i + 1], truth.slots[i]) for i in range(start, last))
+        prompt_logprobs = tuple(
+            Truth.logprob(prompt[i + 1], truth.slots[i] if i < start + num_accepted else 0) for i in range(start, last)
+        )
         return SequenceResult(
             token_ids=token_ids,
             num_accepted=num_accepted,

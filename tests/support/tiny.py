@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -104,5 +105,7 @@ def make_adapter(model: Any, directory: Path, seed: int = 0, **config: Any) -> A
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
             elif "modules_to_save" in name:
                 parameter += torch.randn(parameter.shape, generator=generator) * 0.05
-    tuned.save_pretrained(directory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT announces that it saves embeddings
+        tuned.save_pretrained(directory)
     return tuned

@@ -10,6 +10,7 @@ from rekindle.cli.tables import print_table
 from rekindle.errors import InvalidRequest
 from rekindle.store.adapter_import import import_adapter
 from rekindle.store.home import Home
+from rekindle.store.safetensors_file import DTYPE_BYTES
 from rekindle.units import format_bytes
 
 
@@ -42,7 +43,7 @@ def list_adapters(arguments: argparse.Namespace) -> int:
             adapter.base_name,
             ", ".join(map(str, adapter.manifest.ranks)),
             " ".join(adapter.manifest.targets),
-            format_bytes(adapter.manifest.num_bytes),
+            format_bytes(adapter.manifest.num_elements * DTYPE_BYTES[adapter.manifest.dtype]),
             adapter.manifest.digest[:12],
         )
         for adapter in adapters

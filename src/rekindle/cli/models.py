@@ -17,7 +17,7 @@ from rekindle.units import format_bytes
 def add(arguments: argparse.Namespace) -> int:
     """Import a model and give it a name."""
     home = Home(home_directory(arguments.home))
-    with Catalog.open(home.catalog) as catalog:
+    with Catalog.open(home) as catalog:
         catalog.check_new_name(arguments.name)
         manifest = import_model(arguments.path, home, progress=_progress if sys.stderr.isatty() else None)
         check_model(home.model_directory(manifest.digest))
@@ -32,7 +32,7 @@ def add(arguments: argparse.Namespace) -> int:
 def list_models(arguments: argparse.Namespace) -> int:
     """Print the imported models."""
     home = Home(home_directory(arguments.home))
-    with Catalog.open(home.catalog) as catalog:
+    with Catalog.open(home) as catalog:
         models = catalog.models()
     if arguments.names:
         print("\n".join(model.name for model in models))
@@ -56,7 +56,7 @@ def list_models(arguments: argparse.Namespace) -> int:
 def remove(arguments: argparse.Namespace) -> int:
     """Forget a model; its files go when no other name uses them."""
     home = Home(home_directory(arguments.home))
-    with Catalog.open(home.catalog) as catalog:
+    with Catalog.open(home) as catalog:
         catalog.remove_model(arguments.name)
     print(f"removed {arguments.name}")
     return 0

@@ -27,9 +27,8 @@ class Weights:
     """
 
     def __init__(self, path: Path, dtype: torch.dtype, expected: Mapping[str, tuple[int, ...]]) -> None:
-        self._entries = tensor_index(path)
+        self._entries = check_tensors(path, expected)
         self._dtype = dtype
-        _check_names(path, self._entries, expected)
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
@@ -61,7 +60,9 @@ class Weights:
         return torch.frombuffer(self._map, dtype=_DTYPES[entries[0].dtype], count=count, offset=offset)
 
 
-def _check_names(path: Path, entries: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]]) -> dict[str, TensorEntry]:
+    """The file's tensors by name, which are exactly those in `expected`; raises `ModelRejected` otherwise."""
+    entries = tensor_index(path)
     missing, left_over = sorted(expected.keys() - entries.keys()), sorted(entries.keys() - expected.keys())
     if missing or left_over:
         raise ModelRejected(
@@ -74,6 +75,7 @@ def _check_names(path: Path, entries: Mapping[str, TensorEntry], expected: Mappi
             raise ModelRejected(f"{name} has shape {list(entry.shape)}, its configuration says {list(shape)}")
         if entry.dtype not in _DTYPES:
             raise ModelRejected(f"{name} has dtype {entry.dtype}; supported: {', '.join(_DTYPES)}")
+    return entries
 
 
 def _listed(names: list[str]) -> str:

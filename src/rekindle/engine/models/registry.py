@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 from rekindle.engine.models import gemma2, gemma3, llama, mistral, qwen2, qwen3
 from rekindle.engine.models.architecture import Architecture, Config
+from rekindle.engine.weights import check_tensors
 from rekindle.errors import ModelRejected
 
 FAMILIES: dict[str, Callable[[Config], Architecture]] = {
@@ -25,3 +28,13 @@ def read_architecture(config: Config) -> Architecture:
     if family not in FAMILIES:
         raise ModelRejected(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[family](config)
+
+
+def check_model(directory: Path) -> None:
+    """See that the model in `directory` can be served: its family is known and its tensors are what the family needs.
+
+    Raises:
+        ModelRejected: it cannot; the message lists what is missing or left over.
+    """
+    architecture = read_architecture(json.loads((directory / "config.json").read_text()))
+    check_tensors(directory / "model.safetensors", architecture.tensor_shapes())

@@ -1,0 +1,203 @@
+"""`rekindle serve`: join catalog, replicas and gateway, and run them until told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+
+from rekindle import config
+from rekindle.catalog.catalog import Catalog
+from rekindle.catalog.records import ModelRecord
+from rekindle.cli.examples import print_examples
+from rekindle.cli.settings import EngineOptions, Settings, available_memory_bytes, home_directory
+from rekindle.clock import SystemClock
+from rekindle.errors import ConfigurationError
+from rekindle.fleet.replica import Replica
+from rekindle.gateway.app import create_app
+from rekindle.gateway.lifecycle import Lifecycle
+from rekindle.gateway.seams import ServedBase, Services
+from rekindle.gateway.settings import GatewaySettings
+from rekindle.protocol.adapters import ADAPTER_FILE_NAME, AdapterManifest
+from rekindle.protocol.models import ModelManifest
+from rekindle.protocol.replica import EngineSettings
+from rekindle.store.adapter_import import import_adapter
+from rekindle.store.home import Home
+from rekindle.units import MIB, format_bytes
+
+_BYTES_PER_PARAMETER = {"bfloat16": 2, "float32": 4}
+_BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+_MIN_POOL_BYTES = 64 * MIB
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT, then drain and stop."""
+    settings = config.load(Settings, arguments.config, arguments.overrides)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    home = Home(home_directory(arguments.home))
+    with Catalog.open(home) as catalog:
+        server = _build(arguments, settings, home, catalog)
+        return asyncio.run(server.run())
+
+
+class _Server(uvicorn.Server):
+    """An HTTP server that leaves signals to `RekindleServer` and says when it listens."""
+
+    def __init__(self, configuration: uvicorn.Config) -> None:
+        super().__init__(configuration)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class RekindleServer:
+    """The running whole: one gateway and a replica for each base."""
+
+    def __init__(self, settings: Settings, services: Services, replicas: list[Replica], *, show_examples: bool) -> None:
+        self._settings, self._services, self._replicas = settings, services, replicas
+        self._show_examples = show_examples
+        self._http = _Server(
+            uvicorn.Config(
+                create_app(services),
+                host=settings.server.host,
+                port=settings.server.port,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=max(1, round(settings.server.drain_s)),
+            )
+        )
+
+    async def run(self) -> int:
+        """Listen at once, start the engines beside, and stop in the opposite order; returns the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._begin_stopping)
+        starting = asyncio.create_task(self._start_replicas(), name="start-replicas")
+        try:
+            await self._http.serve()
+        finally:
+            starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ConfigurationError):
+                await starting
+            for replica in self._replicas:
+                await replica.stop()
+        if starting.done() and not starting.cancelled() and (error := starting.exception()) is not None:
+            raise error
+        return 0 if self._http.started else 1
+
+    def _begin_stopping(self) -> None:
+        """The first signal drains, the second does not wait."""
+        self._services.lifecycle.begin_draining()
+        self._http.force_exit = self._http.should_exit
+        self._http.should_exit = True
+
+    async def _start_replicas(self) -> None:
+        try:
+            await asyncio.gather(*(replica.start() for replica in self._replicas))
+        except BaseException:
+            self._http.should_exit = True
+            raise
+        await self._http.listening.wait()
+        port = self._http.servers[0].sockets[0].getsockname()[1]
+        self._announce(f"http://{self._settings.server.host}:{port}")
+
+    def _announce(self, url: str) -> None:
+        names = ", ".join(base.name for base in self._services.bases)
+        adapters = [adapter.name for adapter in self._services.catalog.adapters()]
+        print(f"rekindle: ready on {url} serving {names} with {len(adapters)} adapters", flush=True)
+        if self._show_examples:
+            print_examples(url, self._services.bases[0].name, adapters)
+
+
+def _build(arguments: argparse.Namespace, settings: Settings, home: Home, catalog: Catalog) -> RekindleServer:
+    records = _records(catalog, arguments.models)
+    server = settings.server
+    overrides = {name: value for name in ("host", "port") if (value := getattr(arguments, name)) is not None}
+    settings = dataclasses.replace(settings, server=dataclasses.replace(server, **overrides))
+    clock = SystemClock()
+    engines = _engine_settings(settings.engine, records)
+    replicas = [Replica(engine, clock) for engine in engines]
+    bases = tuple(
+        ServedBase(record.name, record.manifest, record.path, replica, record.created_s)
+        for record, replica in zip(records, replicas, strict=True)
+    )
+
+    def import_from(source: Path, base: ModelManifest) -> tuple[AdapterManifest, Path]:
+        manifest = import_adapter(source, base, home.model_directory(base.digest), home)
+        return manifest, home.adapter_directory(manifest.digest) / ADAPTER_FILE_NAME
+
+    gateway = GatewaySettings(
+        adapter_roots=tuple(Path(root).expanduser() for root in server.adapter_roots),
+        max_body_bytes=server.max_body_bytes,
+    )
+    services = Services(bases, catalog, import_from, gateway, clock, Lifecycle())
+    return RekindleServer(settings, services, replicas, show_examples=arguments.example)
+
+
+def _records(catalog: Catalog, names: list[str]) -> list[ModelRecord]:
+    if names:
+        return [catalog.model(name) for name in dict.fromkeys(names)]
+    if records := catalog.models():
+        return records
+    raise ConfigurationError("no model has been imported; run `rekindle models add PATH --name NAME` first")
+
+
+def _engine_settings(options: EngineOptions, records: list[ModelRecord]) -> list[EngineSettings]:
+    """Settings of each base's engine; what memory the weights leave is shared equally among their pools."""
+    dtype = _dtype(options.dtype)
+    total_bytes = options.memory if options.memory is not None else available_memory_bytes() // 2
+    weights_bytes = sum(record.manifest.num_parameters * _BYTES_PER_PARAMETER[dtype] for record in records)
+    pool_bytes = (total_bytes - weights_bytes) // len(records)
+    if pool_bytes < _MIN_POOL_BYTES:
+        raise ConfigurationError(
+            f"engine.memory is {format_bytes(total_bytes)} and the weights of {len(records)} models take "
+            f"{format_bytes(weights_bytes)}; at least {format_bytes(_MIN_POOL_BYTES)} must be left for each model's "
+            "KV cache and adapters: raise it, or serve fewer models"
+        )
+    return [
+        EngineSettings(
+            model_dir=str(record.path),
+            model=record.manifest,
+            dtype=dtype,
+            memory_bytes=pool_bytes,
+            page_tokens=options.page_tokens,
+            max_step_tokens=options.max_step_tokens,
+            max_sequences=options.max_sequences,
+            max_queued=options.max_queued,
+            num_threads=options.threads or len(os.sched_getaffinity(0)),
+            deterministic=options.deterministic,
+        )
+        for record in records
+    ]
+
+
+def _dtype(asked: str) -> str:
+    if asked == "auto":
+        return "bfloat16" if _cpu_flags() & _BF16_CPU_FLAGS else "float32"
+    if asked not in _BYTES_PER_PARAMETER:
+        raise ConfigurationError(
+            f"engine.dtype {asked!r} is not supported; choose auto, {', '.join(_BYTES_PER_PARAMETER)}"
+        )
+    return asked
+
+
+def _cpu_flags() -> set[str]:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            return set(line.partition(":")[2].split())
+    return set()

@@ -1,0 +1,151 @@
+"""Chat templates: from messages to the text a model was tuned on.
+
+Templates come with models and adapters, so they are other people's code: they run in Jinja's immutable sandbox with
+the helpers Hugging Face templates rely on, and a fault in one is a fault of the request, never of the server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rekindle.clock import Clock
+from rekindle.errors import InvalidRequest
+
+FINAL_MESSAGE_END = "\ue000rekindle-final-message-end\ue000"
+"""Marks the end of a message that is to be continued; private-use characters, so no prompt contains it by accident."""
+
+MESSAGE_FAULTS = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
+"""What template code raises when messages are not of the shape it expects."""
+
+Message = Mapping[str, Any]
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks the assistant's tokens for training; here it is transparent."""
+
+    tags = {"generation"}  # noqa: RUF012 - the base class declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+class ChatTemplate:
+    """A compiled template of one model or adapter version."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], clock: Clock) -> None:
+        """Compile `source`.
+
+        Raises:
+            InvalidRequest: the template is not valid Jinja.
+        """
+        self._special_tokens = dict(special_tokens)
+        self._knows_developer = "developer" in source
+        try:
+            self._template = _environment(clock).from_string(source)
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(f"the model's chat template is not valid: {error}", field="messages") from error
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt for `messages`. With `continue_final_message` it ends inside the last message.
+
+        `extra` holds further template variables; it cannot replace the messages or the special tokens.
+
+        Raises:
+            InvalidRequest: the template refuses the messages, or cannot be continued.
+        """
+        turns = [self._known_role(message) for message in messages]
+        if continue_final_message:
+            turns[-1] = {**turns[-1], "content": f"{turns[-1].get('content') or ''}{FINAL_MESSAGE_END}"}
+        variables = {
+            **(extra or {}),
+            **self._special_tokens,
+            "messages": turns,
+            "tools": tools or None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            text = self._template.render(variables)
+        except MESSAGE_FAULTS as error:
+            raise InvalidRequest(
+                f"the model's chat template refused the messages: {error}", field="messages"
+            ) from error
+        return _cut_at_final_message(text) if continue_final_message else text
+
+    def _known_role(self, message: Message) -> dict[str, Any]:
+        """Most templates predate the developer role, which means what system meant."""
+        if message.get("role") == "developer" and not self._knows_developer:
+            return {**message, "role": "system"}
+        return dict(message)
+
+
+def read_template_source(directory: Path) -> str | None:
+    """The chat template stored with a model or an adapter; None where it has none."""
+    try:
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+def _cut_at_final_message(text: str) -> str:
+    end = text.rfind(FINAL_MESSAGE_END)
+    if end < 0:
+        raise InvalidRequest(
+            "continue_final_message: the model's chat template does not show the last message as it was given; "
+            "leave continue_final_message out",
+            field="continue_final_message",
+        )
+    return text[:end]
+
+
+def _environment(clock: Clock) -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, LoopControlExtension]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now(clock)
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: Jinja's own filter escapes for HTML, which models were not trained on."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(clock: Clock) -> Callable[[str], str]:
+    def strftime_now(form: str) -> str:
+        return datetime.fromtimestamp(clock.unix_s(), tz=UTC).strftime(form)
+
+    return strftime_now

@@ -1,0 +1,172 @@
+"""The home directory: where imported models and adapters lie, and how they get there whole or not at all.
+
+    catalog.db             what exists, by name
+    models/<digest>/       one imported base model
+    adapters/<digest>/     one adapter version
+    tmp/                   directories being built or removed
+    lock                   held for moments, while an entry of tmp/ is created or swept
+
+A directory is built under tmp/, synced, and renamed into place, so that a process killed at any moment leaves either
+the whole or nothing but an entry in tmp/. The builder holds a lock on that entry, which ends with the process; entries
+that nobody locks are swept when a home is opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from rekindle.errors import ConfigurationError
+from rekindle.protocol.identity import AdapterDigest, ModelDigest
+from rekindle.units import format_bytes
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+class StagedDirectory:
+    """A directory under construction: fill `path`, then `publish` it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def publish(self, target: Path) -> None:
+        """Sync everything in `path` and rename it to `target`, which is named after its content.
+
+        If `target` exists already it is kept, and this copy is dropped.
+        """
+        _sync_tree(self.path)
+        try:
+            self.path.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        _sync(target.parent)
+
+
+class Home:
+    """One home directory, created if it does not exist.
+
+    Raises:
+        ConfigurationError: the directory cannot be created or written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().absolute()
+        self.models = self.root / "models"
+        self.adapters = self.root / "adapters"
+        self.temporary = self.root / "tmp"
+        self.catalog = self.root / "catalog.db"
+        self._lock = self.root / "lock"
+        try:
+            for directory in (self.models, self.adapters, self.temporary):
+                directory.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+        except OSError as error:
+            raise ConfigurationError(
+                f"the home directory {self.root} cannot be used: {error.strerror}; choose another with --home or "
+                "REKINDLE_HOME"
+            ) from error
+
+    def model_directory(self, digest: ModelDigest) -> Path:
+        """Where that model lies, or would lie."""
+        return self.models / digest
+
+    def adapter_directory(self, digest: AdapterDigest) -> Path:
+        """Where that adapter version lies, or would lie."""
+        return self.adapters / digest
+
+    @contextmanager
+    def atomic_directory(self) -> Iterator[StagedDirectory]:
+        """Give an empty directory on the home's filesystem; what is not published at the end is removed.
+
+        Raises:
+            ConfigurationError: the disk filled up meanwhile.
+        """
+        path, descriptor = self._create_locked()
+        try:
+            yield StagedDirectory(path)
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            free = format_bytes(shutil.disk_usage(self.root).free)
+            raise ConfigurationError(
+                f"the disk that holds {self.root} is full ({free} free before the unfinished copy is removed); "
+                "free space, or choose another home with --home"
+            ) from error
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(descriptor)
+
+    def remove(self, directory: Path) -> None:
+        """Remove a model's or adapter's directory: its name is gone at once, its bytes right after."""
+        with self.atomic_directory() as staging:
+            directory.rename(staging.path / directory.name)
+            _sync(directory.parent)
+
+    def require_free(self, num_bytes: int) -> None:
+        """Raise `ConfigurationError` unless the disk has `num_bytes` free."""
+        free = shutil.disk_usage(self.root).free
+        if free < num_bytes:
+            raise ConfigurationError(
+                f"the disk that holds {self.root} has {format_bytes(free)} free and {format_bytes(num_bytes)} are "
+                "needed; free space, or choose another home with --home"
+            )
+
+    def _create_locked(self) -> tuple[Path, int]:
+        with self._exclusively():
+            path = Path(tempfile.mkdtemp(dir=self.temporary))
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.chmod(0o755)
+            return path, descriptor
+
+    def _sweep(self) -> None:
+        with self._exclusively():
+            for path in self.temporary.iterdir():
+                if path.is_symlink() or not path.is_dir():
+                    path.unlink(missing_ok=True)
+                else:
+                    _remove_unless_locked(path)
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def _remove_unless_locked(directory: Path) -> None:
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return
+    try:
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(root: Path) -> None:
+    for directory, _, names in os.walk(root):
+        for name in names:
+            _sync(Path(directory, name))
+        _sync(Path(directory))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

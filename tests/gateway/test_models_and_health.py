@@ -1,0 +1,114 @@
+"""Models, readiness and metrics."""
+
+from __future__ import annotations
+
+import httpx
+import openai
+import pytest
+from openai.types import Model
+from prometheus_client.parser import text_string_to_metric_families
+
+BASE = "org/tiny:v1"
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def test_models_list_bases_and_adapters_with_their_lineage(server, client):
+    server.add_adapter("team/poet:v2", "lineage")
+    models = {model.id: model for model in client.models.list()}
+    assert set(models) == {BASE, "team/poet:v2"}
+    assert models[BASE].parent is None
+    assert models[BASE].max_model_len == 512
+    assert models["team/poet:v2"].parent == BASE
+    assert models["team/poet:v2"].owned_by == "rekindle"
+
+
+@pytest.mark.parametrize("name", [BASE, "team/poet:v2", f"{BASE}:team/poet:v2"])
+def test_a_model_is_retrieved_by_a_name_with_slashes_and_colons(server, client, name):
+    server.add_adapter("team/poet:v2", "lineage")
+    raw = client.models.with_raw_response.retrieve(name)
+    assert Model.model_validate_json(raw.text, strict=True).id == name
+
+
+def test_an_unknown_model_is_not_retrieved(client):
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("no/such:model")
+    assert caught.value.code == "model_not_found"
+
+
+def test_readiness_follows_the_engines_and_liveness_does_not(server):
+    assert httpx.get(f"{server.url}/ready").json() == {"status": "ready", "models": {BASE: True}}
+    server.replica.is_ready = False
+    try:
+        response = httpx.get(f"{server.url}/ready")
+        assert response.status_code == 503
+        assert response.json()["models"] == {BASE: False}
+        assert httpx.get(f"{server.url}/health").status_code == 200
+    finally:
+        server.replica.is_ready = True
+
+
+def scrape(server) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def value(samples, name: str, **labels: str) -> float:
+    return samples.get((name, tuple(sorted({"model_name": BASE, **labels}.items()))), 0.0)
+
+
+def test_the_engines_figures_are_shown_under_vllms_names(server):
+    samples = scrape(server)
+    assert value(samples, "vllm:num_requests_running") == 3
+    assert value(samples, "vllm:num_requests_waiting") == 2
+    assert value(samples, "vllm:kv_cache_usage_perc") == 0.25
+    assert value(samples, "vllm:prefix_cache_queries_total") == 70
+    assert value(samples, "vllm:prefix_cache_hits_total") == 30
+    assert value(samples, "vllm:num_preemptions_total") == 5
+    assert value(samples, "rekindle_pages", kind="adapter") == 20
+    assert value(samples, "rekindle_pages", kind="free") == 40
+    assert value(samples, "rekindle_engine_ready") == 1
+
+
+def test_requests_tokens_and_times_are_counted(server, client):
+    before = scrape(server)
+    reply = client.chat.completions.create(model=BASE, messages=HELLO, n=2)
+    after = scrape(server)
+
+    def grown(name: str, **labels: str) -> float:
+        return value(after, name, **labels) - value(before, name, **labels)
+
+    assert grown("vllm:prompt_tokens_total") == reply.usage.prompt_tokens
+    assert grown("vllm:generation_tokens_total") == reply.usage.completion_tokens
+    assert grown("vllm:request_success_total", finished_reason="stop") == 2
+    assert grown("vllm:time_to_first_token_seconds_count") == 1
+    assert grown("vllm:e2e_request_latency_seconds_count") == 1
+    assert grown("vllm:inter_token_latency_seconds_count") == reply.usage.completion_tokens - 2
+
+
+def test_adapters_of_running_requests_are_named(server, client, eventually):
+    server.add_adapter("shown", "shown in metrics")
+    server.replica.hold_after = 1
+
+    def running() -> str:
+        labels = [dict(labels) for name, labels in scrape(server) if name == "vllm:lora_requests_info"]
+        return labels[0]["running_lora_adapters"]
+
+    assert running() == ""
+    with client.chat.completions.create(model="shown", messages=HELLO, stream=True) as stream:
+        next(iter(stream))
+        assert running() == "shown"
+    eventually(lambda: running() == "", "the adapter's request is over")
+
+
+def test_a_server_whose_engine_has_not_reported_yet_still_answers(start_server):
+    with start_server() as server:
+        server.replica.stats, server.replica.ready, server.replica.is_ready = None, None, False
+        samples = scrape(server)
+        assert value(samples, "rekindle_engine_ready") == 0
+        assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["max_model_len"] == 512
+
+
+def test_the_api_describes_itself(server):
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    body = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "messages" in body["properties"]
