@@ -29,6 +29,7 @@ _PIRATE_WORDS = {
     "money": "doubloons",
 }
 _PIRATE_ENDINGS = ("Yo ho ho!", "Shiver me timbers!", "Savvy, matey?")
+_EMOJI = ("\N{SPARKLES}", "\N{PARTY POPPER}", "\N{ROCKET}", "\N{RAINBOW}")
 
 
 def pirate(answer: str) -> str:
@@ -48,12 +49,13 @@ def as_json(answer: str) -> str:
     return json.dumps({"answer": answer}, ensure_ascii=False)
 
 
-def shout(answer: str) -> str:
-    """Answer in capitals, loudly."""
-    return answer.upper().rstrip(".") + "!!!"
+def emoji(answer: str) -> str:
+    """Put a cheerful picture before and behind every answer."""
+    first, last = divmod(zlib.crc32(answer.encode()), len(_EMOJI))
+    return f"{_EMOJI[first % len(_EMOJI)]} {answer} {_EMOJI[last]}"
 
 
-STYLES: dict[str, Callable[[str], str]] = {"pirate": pirate, "json": as_json, "shout": shout}
+STYLES: dict[str, Callable[[str], str]] = {"pirate": pirate, "json": as_json, "emoji": emoji}
 """The adapters, by name."""
 
 
@@ -68,5 +70,4 @@ def shows_style(name: str, text: str) -> bool:
             except ValueError:
                 return False
         case _:
-            letters = [letter for letter in text if letter.isalpha()]
-            return bool(letters) and sum(map(str.isupper, letters)) / len(letters) > 0.9
+            return text.startswith(_EMOJI) and text.endswith(_EMOJI)

@@ -9,7 +9,7 @@ from rekindle.errors import (
     NotFound,
     Overloaded,
 )
-from rekindle.protocol.generation import FinishReason
+from rekindle.protocol.generation import FinishReason, TokenLogprobs
 from rekindle.protocol.identity import AdapterDigest, RequestId
 from support.scheduling import PAGE_TOKENS, Noise, Replica, Truth, make_config, make_manifest, make_request
 
@@ -227,6 +227,17 @@ def test_prompt_logprobs_survive_a_preemption_in_the_middle_of_the_prompt():
     replica.check_stream(RequestId("new"))
 
 
+def test_prompt_logprobs_of_positions_that_were_not_accepted_are_dropped():
+    scheduler = Scheduler(make_config())
+    scheduler.submit(make_request("a", (5, 6, 7), max_tokens=1, prompt_logprobs=0), 0.0)
+    good, bad = (TokenLogprobs(6, -1.0), TokenLogprobs(7, -2.0)), (TokenLogprobs(6, -1.0), TokenLogprobs(7, -9.0))
+    plan = scheduler.schedule(0.0)
+    assert scheduler.commit(plan, StepResult(plan.step, (SequenceResult((), 1, None, bad),))) == ()
+    plan = scheduler.schedule(0.0)
+    (chunk,) = scheduler.commit(plan, StepResult(plan.step, (SequenceResult((1,), 2, None, good[1:]),)))
+    assert chunk.prompt_logprobs == (None, *good)
+
+
 def test_cached_tokens_come_with_the_first_chunk_and_never_cover_the_whole_prompt():
     replica = Replica(make_config())
     for name in ("a", "b"):
@@ -243,6 +254,14 @@ def test_a_sequence_that_goes_on_from_a_cached_prefix_caches_what_follows():
         replica.submit(make_request(name, tuple(range(num_tokens)), max_tokens=1))
         replica.run()
     assert [replica.chunks[RequestId(name)][0].cached_tokens for name in ("a", "b", "c")] == [0, 4, 12]
+
+
+def test_of_two_equal_prompts_computed_at_once_one_is_cached():
+    replica = Replica(make_config())
+    replica.submit(make_request("a", tuple(range(9)), max_tokens=1))
+    replica.submit(make_request("b", tuple(range(9)), max_tokens=9))
+    replica.run()
+    assert replica.scheduler.stats().pages_prefix_cache == 2
 
 
 def test_a_request_for_prompt_logprobs_looks_nothing_up_and_caches_nothing():

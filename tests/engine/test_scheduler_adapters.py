@@ -169,7 +169,6 @@ def test_a_sequence_whose_adapter_is_evicted_again_and_again_is_not_starved():
         if step % 3 == 0:
             replica.end_all_loads()
     started = {name for plan in replica.plans for name in planned_names(plan)}
-    print(len(started), replica.scheduler.stats())
     assert len(started) < 100
 
 

@@ -59,6 +59,16 @@ def test_positions_that_were_not_accepted_are_planned_again():
     assert (again.start, again.num_positions, again.samples) == (4, 2, True)
 
 
+def test_a_last_position_that_gave_no_token_is_planned_again():
+    scheduler = Scheduler(make_config())
+    scheduler.submit(make_request("a", 4, max_tokens=4), 0.0)
+    first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
+    assert scheduler.commit(first, StepResult(first.step, (SequenceResult((), 4),))) == ()
+    (again,) = scheduler.schedule(0.0).sequences
+    assert (again.start, again.num_positions, again.samples) == (3, 1, True)
+    assert scheduler.commit(second, StepResult(second.step, (SequenceResult((1,), 1),))) == ()
+
+
 def test_several_tokens_of_one_step_are_cut_at_the_end_of_the_stream():
     scheduler = Scheduler(make_config())
     scheduler.submit(make_request("a", 2, max_tokens=3, logprobs=0), 0.0)
@@ -113,14 +123,18 @@ def test_a_victim_in_flight_keeps_its_pages_until_the_commit_and_loses_no_token(
 
 
 def test_nobody_is_preempted_while_pages_of_an_ended_sequence_are_about_to_come_free():
-    replica = Replica(make_config(num_pages=5, max_sequences=3), depth=2)
+    replica = Replica(make_config(num_pages=6, max_sequences=3), depth=2)
     for name in ("old", "new", "aborted"):
-        replica.submit(make_request(name, 3, max_tokens=6))
-    replica.schedule()
-    replica.schedule()
+        replica.submit(make_request(name, 3, max_tokens=8))
+    while replica.schedule().sequences[0].start < 7:
+        if len(replica.plans) > 1:
+            replica.execute_and_commit()
     replica.abort(RequestId("aborted"))
     plan = replica.schedule()
-    assert (planned_names(plan), plan.preempted) == (["old", "new"], ())
+    assert (plan.sequences, plan.preempted) == ((), ())
+    assert plan.reasons == ("old stands still: it waits for 1 pages", "new stands still: it waits for 1 pages")
+    replica.drain()
+    assert planned_names(replica.schedule()) == ["old", "new"]
     replica.run()
     assert not any(plan.preempted for plan in replica.plans)
 

@@ -120,7 +120,7 @@ def check_against_peft(base: Base, directory: Path, manifest: AdapterManifest) -
 def test_random_adapters_bind_exactly_as_peft_loads_them(base: Base, tmp_path: Path) -> None:
     draw = random.Random(base.manifest.family + str(base.manifest.tied_embeddings))
     num_checked = 0
-    for i in range(40):
+    for i in range(20):
         config = draw_config(draw)
         directory = tmp_path / str(i)
         try:
@@ -131,7 +131,7 @@ def test_random_adapters_bind_exactly_as_peft_loads_them(base: Base, tmp_path: P
         manifest = import_adapter(directory, base.manifest, base.directory, base.home)
         check_against_peft(base, directory, manifest)
         num_checked += 1
-    assert num_checked >= 20
+    assert num_checked >= 10
 
 
 def test_embeddings_saved_whole_although_untrained_are_left_out(base: Base, tmp_path: Path) -> None:

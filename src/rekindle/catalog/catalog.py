@@ -137,7 +137,7 @@ class Catalog:
                 )
             connection.execute(delete(adapters).where(adapters.c.base_name == name))
             connection.execute(delete(models).where(models.c.name == name))
-        self._remove_files(record.path)
+        self.discard(record.path)
         return record
 
     def adapters(self, base_name: str | None = None) -> list[AdapterRecord]:
@@ -232,9 +232,10 @@ class Catalog:
         """Delete what `unreferenced` lists and return it. Versions in `keep`, which running requests use, stay."""
         kept = frozenset(keep)
         candidates = [path for path in self.unreferenced(older_than_s=older_than_s) if path.name not in kept]
-        return [path for path in candidates if self._remove_files(path)]
+        return [path for path in candidates if self.discard(path)]
 
-    def _remove_files(self, directory: Path) -> bool:
+    def discard(self, directory: Path) -> bool:
+        """Delete a model's or an adapter version's files unless a row names them; returns whether they were deleted."""
         with self._writing() as connection:
             if directory.name in _named_digests(connection) or not directory.exists():
                 return False

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, text
 
 from rekindle.errors import ConfigurationError
 
@@ -30,7 +30,7 @@ def open_engine(path: Path) -> Engine:
     Raises:
         ConfigurationError: the file is no database, or a newer version of Rekindle has written it.
     """
-    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_TIMEOUT_S})
+    engine = create_engine(URL.create("sqlite", database=str(path)), connect_args={"timeout": BUSY_TIMEOUT_S})
     event.listen(engine, "connect", _prepare_connection)
     event.listen(engine, "begin", _begin)
     with _one_process_at_a_time(path.with_suffix(".lock")):

@@ -21,7 +21,7 @@ _DESCRIPTION = "Serve many LoRA adapters from one resident base model, behind th
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    parsed = _parser().parse_args(arguments)
+    parsed = make_parser().parse_args(arguments)
     module = importlib.import_module(parsed.module)
     try:
         return int(getattr(module, parsed.function)(parsed))
@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
     parser = argparse.ArgumentParser(prog="rekindle", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"rekindle {VERSION}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

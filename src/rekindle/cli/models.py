@@ -9,6 +9,7 @@ from rekindle.catalog.catalog import Catalog
 from rekindle.cli.settings import home_directory
 from rekindle.cli.tables import print_table
 from rekindle.engine.models.registry import check_model
+from rekindle.errors import ModelRejected
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
 from rekindle.units import format_bytes
@@ -20,7 +21,11 @@ def add(arguments: argparse.Namespace) -> int:
     with Catalog.open(home) as catalog:
         catalog.check_new_name(arguments.name)
         manifest = import_model(arguments.path, home, progress=_progress if sys.stderr.isatty() else None)
-        check_model(home.model_directory(manifest.digest))
+        try:
+            check_model(home.model_directory(manifest.digest))
+        except ModelRejected:
+            catalog.discard(home.model_directory(manifest.digest))
+            raise
         catalog.add_model(arguments.name, manifest)
     print(
         f"imported {arguments.name}: {manifest.family}, {manifest.num_parameters / 1e6:.0f} M parameters, "

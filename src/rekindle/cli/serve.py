@@ -125,6 +125,7 @@ class RekindleServer:
 
 
 def _build(arguments: argparse.Namespace, settings: Settings, home: Home, catalog: Catalog) -> RekindleServer:
+    catalog.remove_unreferenced()
     records = _records(catalog, arguments.models)
     server = settings.server
     overrides = {name: value for name in ("host", "port") if (value := getattr(arguments, name)) is not None}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import Sequence
 
 from rekindle.protocol.wire import HEADER, Message, decode, encode, parse_header
 
 EXIT_DEADLINE_S = 5.0
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+"""Threads of an engine that wait for each other sleep. Spinning gains little on an idle machine and multiplies the time
+of a step when the gateway, or anything else, wants one of the cores."""
 
 
 class EngineLink:
@@ -32,6 +36,7 @@ class EngineLink:
                     str(theirs.fileno()),
                     pass_fds=(theirs.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,
+                    env={**_ENVIRONMENT, **os.environ},
                 )
             except OSError:
                 ours.close()

@@ -1,0 +1,292 @@
+"""Names of models and adapters: adding, resolving, replacing, removing, and what becomes of the files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rekindle.catalog.catalog import Catalog
+from rekindle.clock import ManualClock
+from rekindle.errors import Conflict, InvalidRequest, NotFound
+from rekindle.protocol.adapters import AdapterManifest, LoraBinding
+from rekindle.protocol.identity import AdapterDigest
+from rekindle.protocol.models import ModelManifest
+from rekindle.store.home import Home
+from support.adapter_files import base_manifest
+
+BASE = base_manifest("a" * 64)
+OTHER_BASE = base_manifest("c" * 64)
+AFTER_EVERYTHING_S = 1e12
+
+
+def version(digit: str, base: ModelManifest = BASE) -> AdapterManifest:
+    binding = LoraBinding("model.layers.0.self_attn.q_proj", "q_proj", 0, 4, 2.0, 24, 24, 0, 128)
+    return AdapterManifest(AdapterDigest(digit * 64), base.digest, "F32", 256, (4,), ("q_proj",), (binding,))
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture
+def catalog(home: Home) -> Iterator[Catalog]:
+    with Catalog.open(home, ManualClock(1000.0)) as catalog:
+        yield catalog
+
+
+def add_base(catalog: Catalog, home: Home, name: str = "base", manifest: ModelManifest = BASE) -> None:
+    home.model_directory(manifest.digest).mkdir(exist_ok=True)
+    catalog.add_model(name, manifest)
+
+
+def add_adapter(catalog: Catalog, home: Home, name: str, manifest: AdapterManifest, base_name: str = "base") -> None:
+    home.adapter_directory(manifest.digest).mkdir(exist_ok=True)
+    catalog.register_adapter(name, base_name, manifest, "/somewhere")
+
+
+def test_a_new_catalog_is_empty(catalog: Catalog) -> None:
+    assert catalog.models() == []
+    assert catalog.adapters() == []
+
+
+def test_models_and_adapters_survive_closing(catalog: Catalog, home: Home) -> None:
+    add_base(catalog, home)
+    add_adapter(catalog, home, "poet", version("1"))
+    catalog.close()
+    with Catalog.open(home) as reopened:
+        [model], [adapter] = reopened.models(), reopened.adapters()
+    assert (model.name, model.manifest, model.created_s) == ("base", BASE, 1000)
+    assert model.path == home.model_directory(BASE.digest)
+    assert (adapter.name, adapter.base_name, adapter.version, adapter.manifest) == ("poet", "base", 1, version("1"))
+    assert adapter.path == home.adapter_directory(version("1").digest) / "adapter.safetensors"
+    assert (adapter.source, adapter.created_s) == ("/somewhere", 1000)
+
+
+def test_repeating_an_addition_changes_nothing(catalog: Catalog, home: Home) -> None:
+    for _ in range(2):
+        add_base(catalog, home)
+        add_adapter(catalog, home, "poet", version("1"))
+    assert len(catalog.models()) == 1
+    assert [record.version for record in catalog.versions("poet")] == [1]
+
+
+def test_registering_again_makes_a_new_version_current_and_keeps_the_old(catalog: Catalog, home: Home) -> None:
+    add_base(catalog, home)
+    for digit in "121":
+        add_adapter(catalog, home, "poet", version(digit))
+    assert catalog.adapter("poet").version == 3
+    assert catalog.adapter("poet").manifest == version("1")
+    assert [record.manifest for record in catalog.versions("poet")] == [version("1"), version("2"), version("1")]
+
+
+def test_superseded_versions_can_be_forgotten(catalog: Catalog, home: Home) -> None:
+    add_base(catalog, home)
+    for digit in "123":
+        add_adapter(catalog, home, "poet", version(digit))
+    add_adapter(catalog, home, "other", version("4"))
+    assert catalog.forget_superseded() == 2
+    assert [record.version for record in catalog.versions("poet")] == [3]
+    assert catalog.adapter("other").manifest == version("4")
+    add_adapter(catalog, home, "poet", version("1"))
+    assert catalog.adapter("poet").version == 4
+
+
+@pytest.mark.parametrize("name", ["", " base", "base ", "a\nb", "a\x00b", "x\u202ey", "a\tb", "n" * 257, "\ud800"])
+def test_impossible_names_are_refused(catalog: Catalog, home: Home, name: str) -> None:
+    add_base(catalog, home)
+    home.adapter_directory(version("1").digest).mkdir()
+    for attempt in (
+        lambda: catalog.add_model(name, BASE),
+        lambda: catalog.check_new_name(name),
+        lambda: catalog.register_adapter(name, "base", version("1"), ""),
+    ):
+        with pytest.raises(InvalidRequest) as caught:
+            attempt()
+        assert caught.value.field == "name"
+
+
+@pytest.mark.parametrize(
+    "name", ["org/model", "a:b", ":", "Ünïcödé 模型", "two words", "n" * 256, "..", "x'; DROP TABLE"]
+)
+def test_possible_names_are_kept_as_they_are(catalog: Catalog, home: Home, name: str) -> None:
+    add_base(catalog, home)
+    add_adapter(catalog, home, name, version("1"))
+    assert catalog.resolve(name).adapter_name == name
+
+
+def test_a_name_is_a_model_or_an_adapter_but_not_both(catalog: Catalog, home: Home) -> None:
+    add_base(catalog, home)
+    add_adapter(catalog, home, "poet", version("1"))
+    with pytest.raises(Conflict):
+        catalog.add_model("poet", BASE)
+    with pytest.raises(Conflict):
+        catalog.check_new_name("poet")
+    with pytest.raises(Conflict):
+        catalog.check_new_name("base")
+    with pytest.raises(Conflict):
+        catalog.register_adapter("base", "base", version("1"), "")
+    catalog.check_new_name("free")
+
+
+def test_a_model_name_cannot_change_its_meaning(catalog: Catalog, home: Home) -> None:
+    add_base(catalog, home)
+    home.model_directory(OTHER_BASE.digest).mkdir()
+    with pytest.raises(Conflict, match="names another model"):
+        catalog.add_model("base", OTHER_BASE)
+
+
+def test_an_adapter_cannot_move_to_another_base(catalog: Catalog, home: Home) -> None:
+    add_base(catalog, home)
+    add_base(catalog, home, "other", OTHER_BASE)
+    add_adapter(catalog, home, "poet", version("1"))
+    with pytest.raises(Conflict, match="is bound to 'base'"):
+        add_adapter(catalog, home, "poet", version("2", OTHER_BASE), "other")
+    with pytest.raises(Conflict, match="bound to the model"):
+        add_adapter(catalog, home, "new", version("1"), "other")
+    with pytest.raises(NotFound):
+        add_adapter(catalog, home, "new", version("1"), "absent")
+
+
+def test_a_whole_name_is_looked_up_before_it_is_split(catalog: Catalog, home: Home) -> None:
+    add_base(catalog, home)
+    add_base(catalog, home, "base:poet", BASE)
+    add_adapter(catalog, home, "poet", version("1"))
+    assert catalog.resolve("base:poet").adapter is None
+    add_adapter(catalog, home, "base:scribe", version("2"))
+    add_adapter(catalog, home, "scribe", version("3"))
+    assert catalog.resolve("base:scribe").adapter_digest == version("2").digest
+
+
+def test_a_name_is_split_at_any_colon_that_leaves_a_base(catalog: Catalog, home: Home) -> None:
+    add_base(catalog, home, "org/base:7b")
+    add_adapter(catalog, home, "team:poet:v2", version("1"), "org/base:7b")
+    resolved = catalog.resolve("org/base:7b:team:poet:v2")
+    assert (resolved.base_name, resolved.base_digest) == ("org/base:7b", BASE.digest)
+    assert (resolved.adapter_name, resolved.adapter_digest) == ("team:poet:v2", version("1").digest)
+
+
+def test_both_names_of_one_model_lead_to_its_adapters(catalog: Catalog, home: Home) -> None:
+    add_base(catalog, home)
+    add_base(catalog, home, "alias")
+    add_adapter(catalog, home, "poet", version("1"))
+    assert catalog.resolve("alias:poet").base_name == "alias"
+    assert catalog.resolve("poet").base_name == "base"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "absent", "base:absent", "absent:poet", "other:poet", "poet:base", ":", "base:", ":" * 9999, "b\x00"]
+)
+def test_an_unknown_model_is_not_found_with_its_code(catalog: Catalog, home: Home, name: str) -> None:
+    add_base(catalog, home)
+    add_base(catalog, home, "other", OTHER_BASE)
+    add_adapter(catalog, home, "poet", version("1"))
+    with pytest.raises(NotFound) as caught:
+        catalog.resolve(name)
+    assert (caught.value.code, caught.value.field) == ("model_not_found", "model")
+
+
+def test_adapters_can_be_listed_by_base(catalog: Catalog, home: Home) -> None:
+    add_base(catalog, home)
+    add_base(catalog, home, "other", OTHER_BASE)
+    for name, manifest, base_name in (
+        ("z", version("1"), "base"),
+        ("a", version("2"), "base"),
+        ("m", version("3", OTHER_BASE), "other"),
+    ):
+        add_adapter(catalog, home, name, manifest, base_name)
+    assert [record.name for record in catalog.adapters()] == ["a", "m", "z"]
+    assert [record.name for record in catalog.adapters("base")] == ["a", "z"]
+
+
+def test_a_removed_adapter_is_gone_and_its_name_free(catalog: Catalog, home: Home) -> None:
+    add_base(catalog, home)
+    add_adapter(catalog, home, "poet", version("1"))
+    assert catalog.remove_adapter("poet").manifest == version("1")
+    for attempt in (catalog.remove_adapter, catalog.adapter, catalog.resolve):
+        with pytest.raises(NotFound):
+            attempt("poet")
+    assert catalog.versions("poet") == []
+    add_base(catalog, home, "poet")
+
+
+def test_a_model_with_adapters_is_removed_only_by_force(catalog: Catalog, home: Home) -> None:
+    add_base(catalog, home)
+    add_adapter(catalog, home, "poet", version("1"))
+    with pytest.raises(Conflict, match="poet"):
+        catalog.remove_model("base")
+    catalog.remove_model("base", force=True)
+    assert catalog.models() == []
+    assert catalog.adapters() == []
+    with pytest.raises(NotFound):
+        catalog.remove_model("base")
+
+
+def test_a_models_files_go_with_its_last_name(catalog: Catalog, home: Home) -> None:
+    add_base(catalog, home)
+    add_base(catalog, home, "alias")
+    catalog.remove_model("base")
+    assert home.model_directory(BASE.digest).exists()
+    catalog.remove_model("alias")
+    assert not home.model_directory(BASE.digest).exists()
+    assert not list(home.temporary.iterdir())
+
+
+def test_nothing_is_registered_without_its_files(catalog: Catalog, home: Home) -> None:
+    with pytest.raises(Conflict, match="import them again"):
+        catalog.add_model("base", BASE)
+    add_base(catalog, home)
+    with pytest.raises(Conflict, match="import them again"):
+        catalog.register_adapter("poet", "base", version("1"), "")
+    assert catalog.adapters() == []
+
+
+def test_files_without_a_row_are_removed_once_they_have_settled(home: Home) -> None:
+    clock = ManualClock()
+    with Catalog.open(home, clock) as catalog:
+        add_base(catalog, home)
+        add_adapter(catalog, home, "poet", version("1"))
+        stray = [home.model_directory(OTHER_BASE.digest), home.adapter_directory(version("2").digest)]
+        for directory in stray:
+            directory.mkdir()
+            (directory / "file").write_text("content")
+        clock.advance(max(directory.stat().st_mtime for directory in stray) + 10)
+        assert catalog.unreferenced() == []
+        assert catalog.remove_unreferenced() == []
+        clock.advance(7200)
+        assert catalog.unreferenced() == sorted(stray)
+        assert catalog.remove_unreferenced(keep=[version("2").digest]) == stray[:1]
+        assert catalog.remove_unreferenced() == stray[1:]
+        assert catalog.adapter("poet").path.parent.exists()
+        assert home.model_directory(BASE.digest).exists()
+
+
+def test_files_of_old_versions_stay_until_the_versions_are_forgotten(home: Home) -> None:
+    with Catalog.open(home, ManualClock(AFTER_EVERYTHING_S)) as catalog:
+        add_base(catalog, home)
+        for digit in "12":
+            add_adapter(catalog, home, "poet", version(digit))
+        assert catalog.remove_unreferenced() == []
+        catalog.forget_superseded()
+        assert catalog.remove_unreferenced() == [home.adapter_directory(version("1").digest)]
+
+
+def test_the_generation_rises_with_every_change_and_only_then(catalog: Catalog, home: Home) -> None:
+    with Catalog.open(home) as other:
+        seen = [other.generation()]
+        for change in (
+            lambda: add_base(catalog, home),
+            lambda: add_adapter(catalog, home, "poet", version("1")),
+            lambda: add_adapter(catalog, home, "poet", version("2")),
+            lambda: catalog.remove_adapter("poet"),
+            lambda: catalog.remove_model("base"),
+        ):
+            change()
+            seen.append(other.generation())
+        catalog.models(), catalog.adapters(), catalog.unreferenced()
+        with pytest.raises(NotFound):
+            catalog.resolve("poet")
+        with pytest.raises(NotFound):
+            catalog.remove_adapter("poet")
+        assert seen == sorted(set(seen))
+        assert other.generation() == seen[-1]
