@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from rekindle.protocol.wire import HEADER, Message, decode, encode, parse_header
 
 EXIT_DEADLINE_S = 5.0
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
-"""Threads of an engine that wait for each other sleep. Spinning gains little on an idle machine and multiplies the time
-of a step when the gateway, or anything else, wants one of the cores."""
+_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
+"""How long threads of an engine that wait for each other spin before they sleep. The default, milliseconds, multiplies the
+time of a step as soon as the gateway or anything else wants one of the cores; none at all costs a wake-up an operation."""
 
 
 class EngineLink:

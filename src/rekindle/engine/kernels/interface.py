@@ -101,14 +101,17 @@ class Kernels(Protocol):
         """Prepare a weight for repeated use. The packed form owns its memory or shares the weight's."""
         ...
 
-    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
-        """x / rms(x) * weight over the last dimension. weight_H is float32. Works on any leading shape."""
+    def rms_norm(
+        self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """x / rms(x) * weight over the last dimension, in `dtype` (that of x if None). weight_H is float32. Works on any
+        leading shape."""
         ...
 
     def add_rms_norm(
         self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        """residual += x, in place; return rms_norm(residual)."""
+        """residual += x, in place; return rms_norm(residual) in the dtype of x. residual_TH is float32."""
         ...
 
     def rope_and_store(

@@ -163,6 +163,13 @@ class NativeLibrary:
         """The functions of one operation, by dtype."""
         return {dtype: self._function(f"{name}_{suffix}", _ARGUMENTS[name]) for dtype, suffix in _SUFFIXES.items()}
 
+    def rms_norm(self) -> dict[tuple[torch.dtype, torch.dtype], Any]:
+        """The functions of `rms_norm`, by the dtypes they read and write."""
+        suffixes = {(dtype, dtype): suffix for dtype, suffix in _SUFFIXES.items()}
+        suffixes[torch.float32, torch.bfloat16] = "f32_bf16"
+        arguments = _ARGUMENTS["rms_norm"]
+        return {dtypes: self._function(f"rms_norm_{suffix}", arguments) for dtypes, suffix in suffixes.items()}
+
     def linear(self) -> tuple[Any, Any]:
         """The functions that pack a bf16 weight and that apply it."""
         pack = (_ADDRESS, _INT64, _INT64, _INT64, _ADDRESS, _INT)
@@ -223,7 +230,7 @@ class NativeKernels:
     def __init__(self, library: NativeLibrary, linear_factory: LinearFactory) -> None:
         self.library = library
         self._linear_factory = linear_factory
-        self._rms_norm = library.operation("rms_norm")
+        self._rms_norm = library.rms_norm()
         self._add_rms_norm = library.operation("add_rms_norm")
         self._gated_activation = library.operation("gated_activation")
         self._rope_and_store = library.operation("rope_and_store")
@@ -239,14 +246,16 @@ class NativeKernels:
             return NativeLinear(self.library, weight_NK, bias_N)
         return self._linear_factory(weight_NK, bias_N)
 
-    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(
+        self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         shape = x_TH.shape
         if len(shape) not in (2, 3):
-            return self.rms_norm(x_TH.reshape(-1, shape[-1]), weight_H, eps).view(shape)
+            return self.rms_norm(x_TH.reshape(-1, shape[-1]), weight_H, eps, dtype).view(shape)
         inner_rows = 1 if len(shape) == 2 else shape[1]
         strides = x_TH.stride()
-        out_TH = x_TH.new_empty(shape)
-        self._rms_norm[x_TH.dtype](
+        out_TH = x_TH.new_empty(shape, dtype=dtype or x_TH.dtype)
+        self._rms_norm[x_TH.dtype, out_TH.dtype](
             x_TH.data_ptr(),
             strides[0],
             inner_rows,

@@ -29,16 +29,18 @@ class ReferenceKernels:
     def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
         return self._pack_linear(weight_NK, bias_N)
 
-    def rms_norm(self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(
+        self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         x = x_TH.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        return (x * weight_H).to(x_TH.dtype)
+        return (x * weight_H).to(dtype or x_TH.dtype)
 
     def add_rms_norm(
         self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
     ) -> torch.Tensor:
         residual_TH += x_TH
-        return self.rms_norm(residual_TH, weight_H, eps)
+        return self.rms_norm(residual_TH, weight_H, eps, x_TH.dtype)
 
     def rope_and_store(
         self,

@@ -52,6 +52,7 @@ class Decoder:
         self.arch = arch
         self._kernels = kernels
         self._embed_VH = weights.tensor("model.embed_tokens.weight")
+        self._dtype = self._embed_VH.dtype
         self._layers = [self._load_layer(weights, layer) for layer in range(arch.num_layers)]
         self._final_norm_H = self._norm_weight(weights, "model.norm.weight")
         head_name = "model.embed_tokens.weight" if arch.tied_embeddings else "lm_head.weight"
@@ -71,20 +72,21 @@ class Decoder:
         return self._embed_VH[token_ids_T]
 
     def forward(self, embedded_TH: torch.Tensor, batch: ForwardBatch, pool: KVPool) -> torch.Tensor:
-        """Run all layers, writing keys and values into `pool`; returns the last hidden states [T, H], not yet normed.
+        """Run all layers, writing keys and values into `pool`; returns the last hidden
+        states, float32 [T, H], not yet normed.
 
-        `embedded_TH` is taken over: it becomes the residual stream.
+        The residual stream is float32: kept in bfloat16, it would more than double the error of the logits.
         """
         kernels, arch = self._kernels, self.arch
-        residual_TH = embedded_TH
         if arch.embed_scale != 1.0:
-            residual_TH *= self._embed_scale
+            embedded_TH = embedded_TH * self._embed_scale
+        residual_TH = embedded_TH.to(torch.float32, copy=True)
         rotations = [(cos[batch.positions_T], sin[batch.positions_T]) for cos, sin in self._rope_tables]
         branch_TH: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
             norm_H = layer.norms["input_layernorm"]
             if branch_TH is None:
-                x_TH = kernels.rms_norm(residual_TH, norm_H, arch.norm_eps)
+                x_TH = kernels.rms_norm(residual_TH, norm_H, arch.norm_eps, self._dtype)
             else:
                 x_TH = kernels.add_rms_norm(branch_TH, residual_TH, norm_H, arch.norm_eps)
             cos_TD, sin_TD = rotations[arch.rope_of[index]]
@@ -96,7 +98,7 @@ class Decoder:
 
     def logits(self, hidden_RH: torch.Tensor, lora: LoraBatch | None = None) -> torch.Tensor:
         """Final norm and output head for chosen rows; `lora` describes the adapters of these rows. Float32 [R, V]."""
-        normed_RH = self._kernels.rms_norm(hidden_RH, self._final_norm_H, self.arch.norm_eps)
+        normed_RH = self._kernels.rms_norm(hidden_RH, self._final_norm_H, self.arch.norm_eps, self._dtype)
         logits_RV = self._head(normed_RH)
         if lora is not None:
             self._kernels.lora(normed_RH, logits_RV, lora, self.arch.num_layers, self._head_group)
@@ -104,7 +106,7 @@ class Decoder:
 
     def logits_with_head(self, hidden_RH: torch.Tensor, head_VH: torch.Tensor) -> torch.Tensor:
         """As `logits`, with another matrix in place of the base's output head."""
-        normed_RH = self._kernels.rms_norm(hidden_RH, self._final_norm_H, self.arch.norm_eps)
+        normed_RH = self._kernels.rms_norm(hidden_RH, self._final_norm_H, self.arch.norm_eps, self._dtype)
         return self._cap((normed_RH @ head_VH.T).float())
 
     def _cap(self, logits_RV: torch.Tensor) -> torch.Tensor:

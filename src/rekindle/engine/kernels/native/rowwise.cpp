@@ -31,28 +31,28 @@ float mean_square(const T* x, int64_t size) {
   return sum(squares) / (float)size;
 }
 
-template <class T>
-void normalize(const T* x, const float* weight, T* out, int64_t size, float eps) {
+template <class In, class Out>
+void normalize(const In* x, const float* weight, Out* out, int64_t size, float eps) {
   const vf factor = splat(1.0f / __builtin_sqrtf(mean_square(x, size) + eps));
   for_each_vector(size, [&](int64_t i, auto count) {
     store_run(out + i, load_run(x + i, count) * factor * load_run(weight + i, count), count);
   });
 }
 
-template <class T>
-void rms_norm(const T* x, int64_t outer_stride, int64_t inner_rows, int64_t inner_stride, int64_t rows, int64_t size,
-              const float* weight, float eps, T* out, int num_threads) {
+template <class In, class Out>
+void rms_norm(const In* x, int64_t outer_stride, int64_t inner_rows, int64_t inner_stride, int64_t rows, int64_t size,
+              const float* weight, float eps, Out* out, int num_threads) {
   for_each_row(num_threads, rows, size, [&](int64_t row) {
-    const T* from = x + row / inner_rows * outer_stride + row % inner_rows * inner_stride;
+    const In* from = x + row / inner_rows * outer_stride + row % inner_rows * inner_stride;
     normalize(from, weight, out + row * size, size, eps);
   });
 }
 
 template <class T>
-void add_rms_norm(const T* x, int64_t x_stride, T* residual, int64_t residual_stride, int64_t rows, int64_t size,
+void add_rms_norm(const T* x, int64_t x_stride, float* residual, int64_t residual_stride, int64_t rows, int64_t size,
                   const float* weight, float eps, T* out, int num_threads) {
   for_each_row(num_threads, rows, size, [&](int64_t row) {
-    T* total = residual + row * residual_stride;
+    float* total = residual + row * residual_stride;
     const T* branch = x + row * x_stride;
     for_each_vector(size, [&](int64_t i, auto count) {
       store_run(total + i, load_run(total + i, count) + load_run(branch + i, count), count);
@@ -111,17 +111,23 @@ void rope_and_store(T* qkv, int64_t stride, const float* cos, const float* sin, 
 }  // namespace
 }  // namespace rekindle
 
-#define REKINDLE_ROWWISE(SUFFIX, T)                                                                                  \
+#define REKINDLE_RMS_NORM(SUFFIX, IN, OUT)                                                                           \
   REKINDLE_EXPORT void rekindle_rms_norm_##SUFFIX(const void* x, int64_t outer_stride, int64_t inner_rows,           \
                                                   int64_t inner_stride, int64_t rows, int64_t size,                  \
                                                   const float* weight, float eps, void* out, int num_threads) {      \
-    rekindle::rms_norm((const T*)x, outer_stride, inner_rows, inner_stride, rows, size, weight, eps, (T*)out,        \
+    rekindle::rms_norm((const IN*)x, outer_stride, inner_rows, inner_stride, rows, size, weight, eps, (OUT*)out,     \
                        num_threads);                                                                                 \
-  }                                                                                                                  \
+  }
+
+REKINDLE_RMS_NORM(bf16, rekindle::bf16, rekindle::bf16)
+REKINDLE_RMS_NORM(f32_bf16, float, rekindle::bf16)
+REKINDLE_RMS_NORM(f32, float, float)
+
+#define REKINDLE_ROWWISE(SUFFIX, T)                                                                                  \
   REKINDLE_EXPORT void rekindle_add_rms_norm_##SUFFIX(const void* x, int64_t x_stride, void* residual,               \
                                                       int64_t residual_stride, int64_t rows, int64_t size,           \
                                                       const float* weight, float eps, void* out, int num_threads) {  \
-    rekindle::add_rms_norm((const T*)x, x_stride, (T*)residual, residual_stride, rows, size, weight, eps, (T*)out,   \
+    rekindle::add_rms_norm((const T*)x, x_stride, (float*)residual, residual_stride, rows, size, weight, eps, (T*)out,   \
                            num_threads);                                                                             \
   }                                                                                                                  \
   REKINDLE_EXPORT void rekindle_gated_activation_##SUFFIX(const void* gate_up, int64_t stride, int64_t rows,         \
