@@ -19,8 +19,8 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "`rekindle serve --config FILE` reads TOML; `--set section.key=value` overrides one setting. Unknown keys are errors.",
-        "Sizes may be written as `4GiB`.",
+        "`rekindle serve --config FILE` reads TOML; `--set section.key=value` overrides one setting. Unknown keys are",
+        "errors. Sizes may be written as `4GiB`.",
         "",
         "| setting | default | meaning |",
         "|---|---|---|",

@@ -120,7 +120,10 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("rekindle.engine.__main__", ["fastapi", "pydantic", "sqlalchemy", "transformers", "tokenizers", "jinja2", "ray"]),
+        (
+            "rekindle.engine.__main__",
+            ["fastapi", "pydantic", "sqlalchemy", "transformers", "tokenizers", "jinja2", "ray"],
+        ),
         ("rekindle.gateway.app", ["torch", "transformers", "ray"]),
         ("rekindle.engine.scheduler.scheduler", ["torch", "numpy"]),
         ("rekindle.cli", ["torch", "fastapi", "sqlalchemy", "numpy"]),

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from support.server import DEMO_ADAPTERS, GGUF, MODEL, Server, rekindle, start, stop
 
 
@@ -23,7 +24,7 @@ def demo_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(demo_home: Path) -> Iterator[Server]:
-    running = start(demo_home, f'server.adapter_roots=["{DEMO_ADAPTERS}"]', "engine.memory=\"1GiB\"")
+    running = start(demo_home, f'server.adapter_roots=["{DEMO_ADAPTERS}"]', 'engine.memory="1GiB"')
     yield running
     if running.process.poll() is None:
         stop(running)

@@ -27,7 +27,11 @@ def async_client(server: Server) -> AsyncOpenAI:
 
 def ask(client: OpenAI, model: str, **options: object) -> str:
     reply = client.chat.completions.create(
-        model=model, messages=QUESTION, max_tokens=48, temperature=0, **options  # type: ignore[call-overload]
+        model=model,
+        messages=QUESTION,
+        max_tokens=48,
+        temperature=0,
+        **options,  # type: ignore[call-overload]
     )
     return str(reply.choices[0].message.content)
 
@@ -105,7 +109,11 @@ async def test_adapters_come_change_and_go_while_streams_run(server: Server, asy
 
         async def stream() -> str:
             events = await async_client.chat.completions.create(
-                model="changing", messages=QUESTION, max_tokens=40, temperature=0, stream=True  # type: ignore[arg-type]
+                model="changing",
+                messages=QUESTION,
+                max_tokens=40,
+                temperature=0,
+                stream=True,  # type: ignore[arg-type]
             )
             return "".join([event.choices[0].delta.content or "" async for event in events])
 
@@ -157,4 +165,6 @@ async def test_a_client_that_leaves_frees_its_pages(server: Server, async_client
 async def running(http: httpx.AsyncClient) -> float:
     """How many sequences the server says are in its batch."""
     metrics = (await http.get("/metrics")).text
-    return sum(float(line.rpartition(" ")[2]) for line in metrics.splitlines() if line.startswith("vllm:num_requests_running{"))
+    return sum(
+        float(line.rpartition(" ")[2]) for line in metrics.splitlines() if line.startswith("vllm:num_requests_running{")
+    )

@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engines import LocalEngine, greedy
-from support.oracle import oracle_greedy, oracle_prompt_logprobs, random_prompts
-from support.tiny import make_adapter, make_model
 
 from rekindle.protocol.identity import AdapterDigest
 from rekindle.store.adapter_import import import_adapter
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
+from support.engines import LocalEngine, greedy
+from support.oracle import oracle_greedy, oracle_prompt_logprobs, random_prompts
+from support.tiny import make_adapter, make_model
 
 pytest.importorskip("peft")
 

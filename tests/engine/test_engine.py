@@ -5,9 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.engines import LocalEngine, Output, greedy
-from support.oracle import oracle_greedy, random_prompts
-from support.tiny import VOCABULARY, make_model
 
 from rekindle.engine.models.decoder import Decoder
 from rekindle.errors import ConfigurationError, InvalidRequest, ModelRejected, NotFound
@@ -17,6 +14,9 @@ from rekindle.protocol.models import ModelManifest
 from rekindle.protocol.sampling import SamplingParams
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
+from support.engines import LocalEngine, Output, greedy
+from support.oracle import oracle_greedy, random_prompts
+from support.tiny import VOCABULARY, make_model
 
 pytest.importorskip("transformers")
 
@@ -34,9 +34,7 @@ def engine_of(tiny: tuple[Any, Path, ModelManifest], **changes: object) -> Local
     return LocalEngine(tiny[1], tiny[2], **changes)
 
 
-def test_a_failing_sequence_ends_alone(
-    tiny: tuple[Any, Path, ModelManifest], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_sequence_ends_alone(tiny: tuple[Any, Path, ModelManifest], monkeypatch: pytest.MonkeyPatch) -> None:
     poison = VOCABULARY - 1
     forward = Decoder.forward
 
@@ -56,9 +54,7 @@ def test_a_failing_sequence_ends_alone(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_deterministic_text_does_not_depend_on_the_batch(
-    tiny: tuple[Any, Path, ModelManifest], dtype: str
-) -> None:
+def test_deterministic_text_does_not_depend_on_the_batch(tiny: tuple[Any, Path, ModelManifest], dtype: str) -> None:
     prompts = [random_prompts(seed)[2] for seed in range(6)]
 
     def request(i: int) -> GenerateRequest:
@@ -124,9 +120,7 @@ def test_a_pool_too_small_to_serve_is_a_configuration_error(tiny: tuple[Any, Pat
         engine_of(tiny, memory_bytes=1000)
 
 
-def test_a_model_whose_tensors_do_not_match_lists_them(
-    tiny: tuple[Any, Path, ModelManifest], tmp_path: Path
-) -> None:
+def test_a_model_whose_tensors_do_not_match_lists_them(tiny: tuple[Any, Path, ModelManifest], tmp_path: Path) -> None:
     for file in tiny[1].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = tmp_path / "config.json"

@@ -1,6 +1,7 @@
 """The page pool's memory and its mappings."""
 
 import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_a_pool_that_cannot_be_reserved_says_how_big_it_was() -> None:
 
 def test_untouched_pages_take_no_memory() -> None:
     def shared_kib() -> int:
-        with open("/proc/self/status") as status:
+        with Path("/proc/self/status").open() as status:
             return next(int(line.split()[1]) for line in status if line.startswith("RssShmem"))
 
     before = shared_kib()

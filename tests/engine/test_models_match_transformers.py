@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.engines import LocalEngine, greedy
-from support.oracle import oracle_greedy, oracle_prompt_logprobs, random_prompts
-from support.tiny import CONFIGS, make_model
 
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
+from support.engines import LocalEngine, greedy
+from support.oracle import oracle_greedy, oracle_prompt_logprobs, random_prompts
+from support.tiny import CONFIGS, make_model
 
 pytest.importorskip("transformers")
 

@@ -1,1 +1,1 @@
-"""What several test modules need: tiny models and adapters made by transformers and PEFT, and engines in this process."""
+"""What several test modules need: tiny models and adapters by transformers and PEFT, and engines in this process."""

@@ -90,7 +90,7 @@ def make_tokenizer() -> Any:
 
 
 def make_adapter(model: Any, directory: Path, seed: int = 0, **config: Any) -> Any:
-    """Add a LoRA adapter with random, clearly visible weights to a copy of `model`, save it, and return the PEFT model."""
+    """Add a LoRA adapter with random, clearly visible weights to a copy of `model`, save it; returns the PEFT model."""
     import copy
 
     import peft

@@ -12,8 +12,8 @@ from rekindle.protocol.wire import HEADER, Message, decode, encode, parse_header
 
 EXIT_DEADLINE_S = 5.0
 _ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
-"""How long threads of an engine that wait for each other spin before they sleep. The default, milliseconds, multiplies the
-time of a step as soon as the gateway or anything else wants one of the cores; none at all costs a wake-up an operation."""
+"""How long threads of an engine that wait for each other spin before they sleep. The default, milliseconds, multiplies
+the time of a step as soon as the gateway or anything else wants a core; none at all costs a wake-up per operation."""
 
 
 class EngineLink:

@@ -39,7 +39,7 @@ def expected_tokens(request: GenerateRequest) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What goes wrong: the process dies at a step, or when a prompt holds a token; it hangs at a step; steps are slow."""
+    """The process dies at a step, or when a prompt holds a token; it hangs at a step; steps take long."""
 
     crash_at_step: int | None = None
     poison: int | None = None

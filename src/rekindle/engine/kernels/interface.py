@@ -104,8 +104,8 @@ class Kernels(Protocol):
     def rms_norm(
         self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """x / rms(x) * weight over the last dimension, in `dtype` (that of x if None). weight_H is float32. Works on any
-        leading shape."""
+        """x / rms(x) * weight over the last dimension, in `dtype` (that of x if None). weight_H is float32. Works on
+        any leading shape."""
         ...
 
     def add_rms_norm(
