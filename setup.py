@@ -1,9 +1,9 @@
 """Builds the native CPU kernels, one library per instruction set; everything else is in pyproject.toml.
 
-The libraries are plain shared objects that `rekindle.engine.kernels.native_kernels` loads with ctypes; the best one
-that the CPU supports is chosen then. Each is optional: without a compiler, or with one too old for an instruction set, the
-package installs and works without that library. None is linked against an OpenMP runtime, because the process must
-use the one that torch brings.
+The libraries are plain shared objects that `rekindle.engine.kernels.native_kernels` loads with ctypes, the best one
+that the CPU supports. Each is optional: without a compiler, or with one too old for an instruction set, the package
+installs and works without that library. None is linked against an OpenMP runtime, because the process must use the one
+that torch brings.
 """
 
 from __future__ import annotations
