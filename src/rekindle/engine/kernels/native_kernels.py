@@ -118,8 +118,8 @@ def _bind_attention_batch(batch: AttentionBatch) -> _Bound:
 def _bind_shape(shape: AttentionShape) -> _Bound:
     if shape.head_dim % _HEAD_DIM_MULTIPLE or shape.num_heads % shape.num_kv_heads:
         raise ConfigurationError(
-            f"native attention needs a head size that is a multiple of {_HEAD_DIM_MULTIPLE} and evenly shared kv heads; "
-            f"the model has {shape.num_heads} heads of {shape.head_dim} over {shape.num_kv_heads} kv heads"
+            f"native attention needs a head size that is a multiple of {_HEAD_DIM_MULTIPLE} and evenly shared kv heads;"
+            f" the model has {shape.num_heads} heads of {shape.head_dim} over {shape.num_kv_heads} kv heads"
         )
     record = _AttentionShapeRecord(
         shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.window, shape.scale, shape.softcap
