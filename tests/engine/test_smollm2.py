@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.engines import LocalEngine, greedy
-from support.server import DEMO_ADAPTERS, GGUF
 
 from rekindle.protocol.identity import AdapterDigest
 from rekindle.store.adapter_import import import_adapter
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
 from rekindle.units import MIB
+from support.engines import LocalEngine, greedy
+from support.server import DEMO_ADAPTERS, GGUF
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -88,8 +88,8 @@ def test_float32_text_equals_transformers_and_peft_in_one_mixed_batch(served: Se
 
 @pytest.mark.parametrize("name", [None, "pirate"])
 def test_bfloat16_chooses_as_float32_does_wherever_the_choice_is_clear(served: Served, name: str | None) -> None:
-    """Teacher-forced. What is clear is measured: the oracle's margin must exceed twice the largest error of transformers'
-    own bfloat16."""
+    """Teacher-forced. A choice is clear if the oracle's margin exceeds twice the largest error of transformers' own
+    bfloat16."""
     tokens = served.tokens(TEXT)
     logits = {}
     for dtype in (torch.float32, torch.bfloat16):
