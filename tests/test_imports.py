@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gateway": {"fleet", "engine", "store", "catalog", "protocol"},
     "cli": {"gateway", "fleet", "engine", "store", "catalog", "protocol"},
     "testing": {"fleet", "engine", "protocol"},
+    "__main__": {"cli"},
 }
 ONLY_IN = {
     "torch": ("engine",),

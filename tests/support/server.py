@@ -48,4 +48,6 @@ def start(home: Path, *settings: str) -> Server:
 def stop(server: Server) -> int:
     """Ask the server to stop, as a supervisor would; returns its exit code."""
     server.process.send_signal(signal.SIGTERM)
-    return server.process.wait(60)
+    assert server.process.stdout is not None
+    with server.process.stdout:
+        return server.process.wait(60)
