@@ -26,23 +26,7 @@ class EngineLink:
 
     @classmethod
     async def spawn(cls, command: Sequence[str]) -> EngineLink:
-        """Start `command --fd N`, where N is its end of a fresh socket pair; a cancelled start leaves no process.
-
-        Raises:
-            OSError: the process could not be started.
-        """
-        spawning = asyncio.ensure_future(cls._spawn(command))
-        try:
-            return await asyncio.shield(spawning)
-        except asyncio.CancelledError:
-            with contextlib.suppress(OSError):
-                link = await spawning
-                link.kill()
-                await link.close()
-            raise
-
-    @classmethod
-    async def _spawn(cls, command: Sequence[str]) -> EngineLink:
+        """Start `command --fd N`, where N is its end of a fresh socket pair; raises `OSError` if that fails."""
         ours, theirs = socket.socketpair()
         with theirs:
             try:

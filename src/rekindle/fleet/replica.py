@@ -30,7 +30,7 @@ from rekindle.errors import (
     RetryLater,
     StreamBroken,
 )
-from rekindle.fleet.link import EngineLink
+from rekindle.fleet.link import EXIT_DEADLINE_S, EngineLink
 from rekindle.fleet.stream import RequestStream
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.generation import AbortRequest, GenerateRequest, TokenChunk
@@ -93,7 +93,10 @@ class Replica:
         self._adapters: dict[AdapterDigest, AddAdapter] = {}
         self._streams: dict[RequestId, RequestStream] = {}
         self._suspects: list[RequestStream] = []
+        self._spawned: EngineLink | None = None
         self._link: EngineLink | None = None
+        """The same once its engine takes requests."""
+        self._stopping = asyncio.Event()
         self._supervisor: asyncio.Task[None] | None = None
         self._first_start: asyncio.Future[EngineReady] | None = None
         self._idle = asyncio.Event()
@@ -168,13 +171,14 @@ class Replica:
     async def stop(self) -> None:
         """End the engine; open requests fail. Leaves no process, task or descriptor behind."""
         self.state = ReplicaState.STOPPED
+        self._stopping.set()
         if self._link is not None:
             self._link.send(Shutdown())
+            asyncio.get_running_loop().call_later(EXIT_DEADLINE_S, self._link.kill)
+        elif self._spawned is not None:
+            self._spawned.kill()
         if self._supervisor is not None:
-            self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
-            self._supervisor = None
+            await self._supervisor
         for stream in self._streams.values():
             stream.fail(ReplicaUnavailable("the server is shutting down", retry_after_s=1.0))
 
@@ -217,20 +221,22 @@ class Replica:
                 self._last_frame_s = self._clock.monotonic_s()
 
     async def _supervise(self) -> None:
-        """Keep an engine running until cancelled."""
+        """Keep an engine running until the replica is stopped."""
         backoff_s = self._supervision.backoff_s
         while True:
             reason = await self._run_engine()
+            if self.state is ReplicaState.STOPPED:
+                return
             self.restarts_total += 1
             self._num_failed_starts += 1
             self.state = ReplicaState.RESTARTING if self.state is ReplicaState.READY else self.state
             _logger.error("the engine ended: %s; restarting it with %d open requests", reason, len(self._streams))
             self._sort_out_crashed(reason)
+            backoff_s = backoff_s if self._num_failed_starts > 1 else self._supervision.backoff_s
             if self._num_failed_starts > 1:
-                await asyncio.sleep(backoff_s)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), backoff_s)
                 backoff_s = min(2 * backoff_s, self._supervision.max_backoff_s)
-            else:
-                backoff_s = self._supervision.backoff_s
 
     async def _run_engine(self) -> str:
         """Run one engine process to its end; returns why it ended."""
@@ -238,8 +244,11 @@ class Replica:
             link = await EngineLink.spawn(self._command)
         except OSError as error:
             return f"it could not be started: {error}"
+        self._spawned = link
         watchdog: asyncio.Task[None] | None = None
         try:
+            if self.state is ReplicaState.STOPPED:
+                link.kill()
             reason = await self._await_ready(link)
             if reason is None:
                 watchdog = asyncio.create_task(self._watch(link), name="replica-watchdog")
@@ -247,11 +256,10 @@ class Replica:
         except WireError as error:
             reason = str(error)
         finally:
-            self._link, self.ready = None, None
+            self._link, self._spawned, self.ready = None, None, None
             if watchdog is not None:
                 watchdog.cancel()
-            if self.state is not ReplicaState.STOPPED:
-                link.kill()
+            link.kill()
             exit_code = await link.close()
         return f"{reason} (exit code {exit_code})"
 
