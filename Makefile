@@ -18,7 +18,7 @@ help:
 	@echo "make test           install, then run every check that CI runs"
 	@echo "make lint           format, lint and type-check only"
 	@echo "make demo-adapters  train the demo adapters again"
-	@echo "make bench          measure kernels and a running engine on this machine"
+	@echo "make bench          measure an engine on this machine"
 
 # PyTorch comes first and pinned: resolved as a plain requirement it may bring gigabytes of CUDA libraries.
 $(VENV)/torch:
@@ -62,8 +62,8 @@ test: lint $(DEMO_GGUF)
 demo-adapters: $(VENV)/test $(DEMO_GGUF)
 	$(BIN)/python demo/train.py
 
-bench: $(VENV)/serve
-	$(BIN)/python benchmarks/kernels.py
+bench: $(VENV)/serve $(DEMO_GGUF)
+	GOMP_SPINCOUNT=1000 $(BIN)/python benchmarks/engine.py
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist src/*.egg-info
