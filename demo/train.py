@@ -156,7 +156,8 @@ def mean_loss(model: Any, examples: Sequence[Example]) -> float:
 def save(model: Any, directory: Path) -> None:
     """Write PEFT's two files, tensors in bfloat16 and the base named instead of its path."""
     model.peft_config["default"].base_model_name_or_path = "SmolLM2-135M-Instruct"
-    model.save_pretrained(directory)
+    model.peft_config["default"].target_modules = sorted(TARGETS)  # PEFT's set has another order in each process
+    model.save_pretrained(directory, save_embedding_layers=False)  # "auto" asks a model hub whether the base changed
     (directory / "README.md").unlink(missing_ok=True)
     weights = directory / "adapter_model.safetensors"
     tensors = {name: tensor.bfloat16().contiguous() for name, tensor in load_file(weights).items()}
