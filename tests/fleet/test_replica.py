@@ -1,241 +1,331 @@
-"""Supervision of engine processes: streams survive their engine, and nothing is left behind."""
+"""A replica in ordinary life: streams, refusals, aborts, slow readers, draining, and leaving nothing behind."""
 
 import asyncio
 import os
+import select
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rekindle.clock import SystemClock
-from rekindle.errors import ConfigurationError, EngineFailed, NotFound, Overloaded, ReplicaUnavailable
-from rekindle.fleet.replica import ENGINE_COMMAND, Replica, ReplicaState, Supervision
-from rekindle.protocol.adapters import AdapterManifest
-from rekindle.protocol.generation import GenerateRequest, TokenChunk
-from rekindle.protocol.identity import AdapterDigest, ModelDigest, RequestId
-from rekindle.protocol.models import ModelManifest
-from rekindle.protocol.replica import EngineSettings
-from rekindle.protocol.sampling import SamplingParams
-from rekindle.testing.fake_engine import expected_tokens, fake_engine_command
+from rekindle.errors import (
+    AdapterRejected,
+    ConfigurationError,
+    Conflict,
+    EngineFailed,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    ReplicaUnavailable,
+)
+from rekindle.fleet.replica import Replica
+from rekindle.fleet.state import ReplicaState
+from rekindle.protocol.generation import FinishReason
+from rekindle.protocol.identity import ModelDigest
+from rekindle.testing.fake_engine import Faults, expected_tokens, fake_engine_command
+from support.replicas import (
+    ADAPTER,
+    QUICK,
+    begin,
+    collect,
+    engine_settings,
+    request,
+    running,
+    tokens_of,
+    until,
+)
 
-MODEL = ModelManifest(ModelDigest("0" * 64), "llama", "F32", 1, 4, 1, 1000, 4096, (2,), True, ())
-ADAPTER = AdapterManifest(AdapterDigest("a" * 64), MODEL.digest, "F32", 64, (8,), ("q_proj",), ())
-QUICK = Supervision(start_s=30.0, silence_s=1.0, backoff_s=0.01, max_backoff_s=0.05)
-
-
-def settings(**changes: object) -> EngineSettings:
-    values = {
-        "model_dir": "/nonexistent",
-        "model": MODEL,
-        "dtype": "float32",
-        "memory_bytes": 1 << 20,
-        "page_tokens": 16,
-        "max_step_tokens": 64,
-        "max_sequences": 64,
-        "max_queued": 64,
-        "num_threads": 1,
-        **changes,
-    }
-    return EngineSettings(**values)  # type: ignore[arg-type]
-
-
-def request(name: str, num_tokens: int = 40, prompt: tuple[int, ...] = (1, 2, 3), **changes: object) -> GenerateRequest:
-    sampling = SamplingParams(max_tokens=num_tokens, seed=0, **changes)  # type: ignore[arg-type]
-    return GenerateRequest(RequestId(name), (*prompt, len(name)), sampling)
-
-
-@asynccontextmanager
-async def running(*faults: str, **changes: object) -> AsyncIterator[Replica]:
-    replica = Replica(settings(**changes), SystemClock(), supervision=QUICK, command=fake_engine_command(*faults))
-    await replica.start()
-    try:
-        yield replica
-    finally:
-        await replica.stop()
-
-
-async def collect(replica: Replica, wanted: GenerateRequest) -> list[TokenChunk]:
-    return [chunk async for chunk in replica.generate(wanted)]
-
-
-def tokens_of(chunks: list[TokenChunk]) -> list[int]:
-    return [token for chunk in chunks for token in chunk.token_ids]
-
-
-async def all_running(replica: Replica) -> None:
-    """Wait until every open request has made progress on the present engine."""
-    while not replica.is_ready or replica._suspects or not all(s.is_submitted for s in replica._streams.values()):
-        await asyncio.sleep(0.01)
-    await asyncio.sleep(0.05)
-
-
-def engine_pid(replica: Replica) -> int:
-    assert replica._link is not None
-    return replica._link.pid
+SLOW = Faults(step_s=0.01)
+ENDLESS = 100_000
 
 
 async def test_a_stream_is_what_the_engine_generates() -> None:
     async with running() as replica:
-        wanted = request("r")
+        wanted = request("r", logprobs=2, prompt_logprobs=0)
         chunks = await collect(replica, wanted)
         assert tokens_of(chunks) == expected_tokens(wanted)
-        assert chunks[-1].finish_reason == "length"
-        assert [chunk.offset for chunk in chunks] == sorted(chunk.offset for chunk in chunks)
+        assert chunks[-1].finish_reason is FinishReason.LENGTH
+        assert sum(len(chunk.logprobs or ()) for chunk in chunks) == 40
+        assert len(chunks[0].prompt_logprobs or ()) == 3
 
 
-async def test_fifty_streams_survive_repeated_kills_unbroken() -> None:
-    async with running("--step-s", "0.01") as replica:
-        requests = [request(f"r{i}", 30 + i, (i,), logprobs=0, prompt_logprobs=0) for i in range(50)]
-        streams = [asyncio.create_task(collect(replica, wanted)) for wanted in requests]
-        for num_kills in range(3):
-            while replica.restarts_total < num_kills:
-                await asyncio.sleep(0.01)
-            await all_running(replica)
-            os.kill(engine_pid(replica), signal.SIGKILL)
-        for wanted, stream in zip(requests, streams, strict=True):
-            chunks = await stream
-            assert tokens_of(chunks) == expected_tokens(wanted)
-            logprobs = [entry.logprob for chunk in chunks for entry in chunk.logprobs or ()]
-            assert logprobs == [-float(position) for position in range(wanted.sampling.max_tokens)]
-            assert sum(chunk.prompt_logprobs is not None for chunk in chunks) == 1
-            assert sum(chunk.cached_tokens is not None for chunk in chunks) == 1
-        assert replica.restarts_total == 3
-
-
-async def test_a_request_that_kills_the_engine_fails_and_the_others_complete() -> None:
-    async with running("--poison", "666") as replica:
-        good = [request(f"good{i}", 60, (i,)) for i in range(8)]
-        tasks = [asyncio.create_task(collect(replica, wanted)) for wanted in good[:4]]
-        await asyncio.sleep(0.01)
-        poison = asyncio.create_task(collect(replica, request("bad", prompt=(666,))))
-        tasks += [asyncio.create_task(collect(replica, wanted)) for wanted in good[4:]]
-        with pytest.raises(EngineFailed, match="twice"):
-            await poison
-        for wanted, task in zip(good, tasks, strict=True):
-            assert tokens_of(await task) == expected_tokens(wanted)
-
-
-async def test_an_engine_that_hangs_is_killed_and_its_streams_go_on() -> None:
-    async with running("--hang-at-step", "25") as replica:
-        wanted = request("r", 40)
-        assert tokens_of(await collect(replica, wanted)) == expected_tokens(wanted)
-        assert replica.restarts_total == 1
-
-
-async def test_adapters_are_known_to_the_next_engine_too() -> None:
+async def test_a_stop_token_ends_a_stream() -> None:
+    wanted = request("r", 100)
+    stop = expected_tokens(wanted)[20]
+    wanted = request("r", 100, stop_token_ids=(stop,))
     async with running() as replica:
-        wanted = GenerateRequest(RequestId("a"), (1,), SamplingParams(max_tokens=5, seed=0), adapter=ADAPTER.digest)
-        with pytest.raises(NotFound):
-            await collect(replica, wanted)
-        await replica.add_adapter(ADAPTER, Path("/nonexistent"))
-        assert tokens_of(await collect(replica, wanted)) == expected_tokens(wanted)
-        os.kill(engine_pid(replica), signal.SIGKILL)
-        assert tokens_of(await collect(replica, wanted)) == expected_tokens(wanted)
-        await replica.remove_adapter(ADAPTER.digest)
-        with pytest.raises(NotFound):
-            await collect(replica, wanted)
+        chunks = await collect(replica, wanted)
+    assert tokens_of(chunks) == expected_tokens(wanted)
+    assert tokens_of(chunks)[-1] == stop
+    assert chunks[-1].finish_reason is FinishReason.STOP
+
+
+async def test_two_replicas_run_side_by_side() -> None:
+    async with running() as one, running() as other:
+        assert one.engine_pid != other.engine_pid
+        wanted = [request(f"r{i}", 50, (i,)) for i in range(20)]
+        streams = [asyncio.create_task(collect(replica, each)) for each in wanted for replica in (one, other)]
+        for i, stream in enumerate(streams):
+            assert tokens_of(await stream) == expected_tokens(wanted[i // 2])
 
 
 async def test_closing_a_stream_aborts_its_sequence() -> None:
-    async with running("--step-s", "0.01") as replica:
-        stream = replica.generate(request("r", 3000))
+    async with running(SLOW) as replica:
+        stream = replica.generate(request("r", ENDLESS))
         await anext(stream)
+        await until(lambda: replica.stats is not None and replica.stats.num_running == 1, "the sequence is reported")
         await stream.aclose()
-        async with asyncio.timeout(5):
-            while replica.stats is None or replica.stats.num_running or replica.stats.steps_total == 0:
-                await asyncio.sleep(0.05)
+        await until(lambda: replica.stats is not None and replica.stats.num_running == 0, "the sequence is gone")
 
 
-async def test_more_requests_than_may_wait_are_turned_away() -> None:
-    async with running("--step-s", "0.05", max_queued=1, max_sequences=1) as replica:
-        streams = [replica.generate(request(f"r{i}", 50)) for i in range(2)]
-        for stream in streams:
-            await anext(stream)
-        with pytest.raises(Overloaded, match="2 requests are open, at most 2") as caught:
-            await anext(replica.generate(request("late")))
-        assert caught.value.retry_after_s > 0
-        for stream in streams:
-            await stream.aclose()
+async def test_a_cancelled_reader_aborts_its_sequence() -> None:
+    async with running(SLOW) as replica:
+        reader = asyncio.create_task(collect(replica, request("r", ENDLESS)))
+        await until(lambda: replica.stats is not None and replica.stats.num_running == 1, "the sequence is reported")
+        reader.cancel()
+        await until(lambda: replica.stats is not None and replica.stats.num_running == 0, "the sequence is gone")
 
 
-async def test_a_slow_reader_gets_everything_in_few_chunks() -> None:
+async def test_more_requests_than_may_run_and_wait_are_refused_until_one_ends() -> None:
+    async with running(SLOW, max_queued=1, max_sequences=2) as replica:
+        streams = [replica.generate(request(f"r{i}", ENDLESS)) for i in range(3)]
+        readers = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        await asyncio.gather(*readers[:2])
+        with pytest.raises(Overloaded, match="3 requests are open and 3 may be") as met:
+            await collect(replica, request("late"))
+        assert met.value.retry_after_s > 0
+        await streams[0].aclose()
+        wanted = request("next", 5)
+        reader = asyncio.create_task(collect(replica, wanted))
+        await streams[1].aclose()
+        await readers[2]
+        assert tokens_of(await reader) == expected_tokens(wanted)
+        await streams[2].aclose()
+
+
+async def test_a_reader_that_does_not_read_gets_all_tokens_in_one_chunk() -> None:
     async with running() as replica:
         wanted = request("slow", 2000, logprobs=0)
         stream = replica.generate(wanted)
-        chunks = [await anext(stream)]
-        await asyncio.sleep(0.5)
-        chunks += [chunk async for chunk in stream]
-        assert tokens_of(chunks) == expected_tokens(wanted)
-        assert sum(len(chunk.logprobs or ()) for chunk in chunks) == 2000
-        assert len(chunks) < 1900
+        first = await anext(stream)
+        await until(lambda: replica.stats is not None and replica.stats.generated_tokens_total == 2000, "it is done")
+        await until(lambda: replica._requests.get(wanted.request_id).is_over, "all has arrived")  # type: ignore[union-attr]
+        rest = [chunk async for chunk in stream]
+        assert len(rest) == 1
+        assert tokens_of([first, *rest]) == expected_tokens(wanted)
+        assert len(rest[0].logprobs or ()) == len(rest[0].token_ids)
+
+
+async def test_a_reader_that_does_not_read_holds_nobody_up() -> None:
+    async with running() as replica:
+        idle = replica.generate(request("idle", ENDLESS))
+        await anext(idle)
+        wanted = request("r", 300)
+        assert tokens_of(await collect(replica, wanted)) == expected_tokens(wanted)
+        await idle.aclose()
+
+
+async def test_refusals_arrive_as_the_errors_they_are() -> None:
+    async with running() as replica:
+        with pytest.raises(InvalidRequest, match="no tokens") as met:
+            await collect(replica, request("empty", prompt=()))
+        assert met.value.field == "prompt"
+        with pytest.raises(AdapterRejected, match="was made for base"):
+            await replica.add_adapter(replace(ADAPTER, base=ModelDigest("1" * 64)), Path("/nonexistent"))
+        stream = replica.generate(request("twin", ENDLESS))
+        await anext(stream)
+        with pytest.raises(Conflict, match="twin is open already"):
+            await collect(replica, request("twin"))
+        await stream.aclose()
+
+
+async def test_a_request_that_cannot_be_sent_fails_alone() -> None:
+    async with running() as replica:
+        with pytest.raises(InternalError, match="GenerateRequest cannot be sent"):
+            await collect(replica, request("big", prompt=(2**64,)))
+        wanted = request("r")
+        assert tokens_of(await collect(replica, wanted)) == expected_tokens(wanted)
+        assert replica.restarts_total == 0
 
 
 async def test_draining_finishes_open_streams_and_takes_no_new_ones() -> None:
-    async with running("--step-s", "0.005") as replica:
+    async with running(SLOW) as replica:
         wanted = request("open", 40)
-        stream = asyncio.create_task(collect(replica, wanted))
-        await asyncio.sleep(0.02)
-        drained = asyncio.create_task(replica.drain(10.0))
-        await asyncio.sleep(0)
-        with pytest.raises(ReplicaUnavailable):
+        stream = await begin(replica, wanted)
+        drained = asyncio.create_task(replica.drain(30.0))
+        await until(lambda: replica.state is ReplicaState.DRAINING, "it is draining")
+        assert not replica.is_ready
+        with pytest.raises(ReplicaUnavailable, match="shutting down"):
             await collect(replica, request("late"))
-        await drained
-        assert tokens_of(await stream) == expected_tokens(wanted)
+        assert await drained
+        assert tokens_of(await stream.all()) == expected_tokens(wanted)
 
 
-async def test_stopping_fails_open_streams_and_leaves_nothing_behind() -> None:
+async def test_draining_gives_up_at_its_deadline_and_stopping_fails_what_is_open() -> None:
+    async with running(SLOW) as replica:
+        stream = await begin(replica, request("open", ENDLESS))
+        assert not await replica.drain(0.05)
+        await replica.stop()
+        with pytest.raises(ReplicaUnavailable, match="shutting down"):
+            await stream.all()
+        assert replica.state is ReplicaState.STOPPED
+        assert await replica.drain(1.0)
+
+
+@pytest.mark.parametrize("end", ["stop", "crash", "stop while restarting", "stop while starting"])
+async def test_a_stopped_replica_leaves_no_process_task_thread_or_descriptor_behind(end: str) -> None:
+    def descriptors() -> list[str]:
+        return os.listdir("/proc/self/fd")
+
+    threads_before = set(threading.enumerate())
     async with running():
         pass
-    before = len(os.listdir("/proc/self/fd"))
-    async with running("--step-s", "0.01") as replica:
-        pid = engine_pid(replica)
-        stream = asyncio.create_task(collect(replica, request("open", 1000)))
-        await asyncio.sleep(0.05)
-    with pytest.raises(ReplicaUnavailable):
-        await stream
-    assert not Path(f"/proc/{pid}").exists()
-    assert len(os.listdir("/proc/self/fd")) == before
-    assert len(asyncio.all_tasks()) == 1
+    await until(lambda: threads_before.issuperset(threading.enumerate()), "no thread is left of the first")
+    num_before = len(descriptors())
+    replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, command=fake_engine_command(SLOW))
+    starting = asyncio.create_task(replica.start())
+    if end == "stop while starting":
+        await asyncio.sleep(0.01)
+        starting.cancel()
+        await asyncio.wait([starting])
+    else:
+        await starting
+        pid = replica.engine_pid
+        assert pid is not None
+        stream = await begin(replica, request("open", ENDLESS))
+        if end != "stop":
+            os.kill(pid, signal.SIGKILL)
+            state = ReplicaState.READY if end == "crash" else ReplicaState.RESTARTING
+            await until(lambda: replica.engine_pid != pid and replica.state is state, "the engine is replaced")
+        await replica.stop()
+        with pytest.raises(ReplicaUnavailable):
+            await stream.all()
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    await replica.stop()
+    assert len(descriptors()) == num_before
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await until(lambda: threads_before.issuperset(threading.enumerate()), "no thread is left")
 
 
-async def test_an_engine_that_keeps_failing_makes_the_replica_unavailable_but_not_dead() -> None:
-    async with running("--crash-at-step", "1") as replica:
-        with pytest.raises(EngineFailed):
-            await collect(replica, request("a"))
-        for i in range(20):
-            try:
-                await asyncio.wait_for(collect(replica, request(f"b{i}")), 5)
-            except EngineFailed:
-                continue
-            except ReplicaUnavailable as error:
-                assert error.retry_after_s > 0
-                return
-        raise AssertionError("the replica never said that it is unavailable")
-
-
-async def test_settings_no_engine_can_start_with_are_a_configuration_error(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    replica = Replica(settings(dtype="int3"), SystemClock(), supervision=QUICK, command=ENGINE_COMMAND)
+async def test_settings_that_no_engine_can_start_with_are_a_configuration_error() -> None:
+    command = fake_engine_command(Faults(configuration_error="dtype 'int3' is not supported"))
+    replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, command=command)
     with pytest.raises(ConfigurationError, match="int3"):
         await replica.start()
     assert replica.state is ReplicaState.STOPPED
 
 
-async def test_the_engine_dies_with_its_parent() -> None:
-    script = (
-        "import asyncio, os, sys; sys.path.insert(0, 'tests/fleet')\n"
-        "from test_replica import *\n"
-        "async def main():\n"
-        "    async with running() as replica:\n"
-        "        print(engine_pid(replica), flush=True); os.kill(os.getpid(), 9)\n"
-        "asyncio.run(main())\n"
-    )
+@pytest.mark.parametrize(
+    ("command", "start_s", "message"),
+    [
+        (fake_engine_command(Faults(crash_at_start=True)), 30.0, "was killed by SIGKILL"),
+        (("/nonexistent/python",), 30.0, "could not be started"),
+        (("sleep", "1000", "#"), 30.0, "exited with status 1"),
+        ((sys.executable, "-c", "import time; time.sleep(1000)"), 0.2, "was not ready within 0.2 s"),
+    ],
+)
+async def test_an_engine_that_does_not_start_is_an_error_that_says_why(
+    command: tuple[str, ...], start_s: float, message: str
+) -> None:
+    supervision = replace(QUICK, start_s=start_s)
+    replica = Replica(engine_settings(), SystemClock(), supervision=supervision, command=command)
+    with pytest.raises(EngineFailed, match=message):
+        await replica.start()
+    assert replica.state is ReplicaState.STOPPED
+
+
+async def test_a_request_that_comes_while_the_first_engine_starts_waits_for_it() -> None:
+    replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, command=fake_engine_command())
+    starting = asyncio.create_task(replica.start())
+    await asyncio.sleep(0)
+    wanted = request("early")
+    assert replica.state is ReplicaState.STARTING
+    assert tokens_of(await collect(replica, wanted)) == expected_tokens(wanted)
+    assert await starting == replica.ready
+    await replica.stop()
+
+
+async def test_a_start_that_is_overtaken_by_a_stop_fails() -> None:
+    replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, command=fake_engine_command())
+    starting = asyncio.create_task(replica.start())
+    await asyncio.sleep(0.01)
+    await replica.stop()
+    with pytest.raises(EngineFailed, match="stopped before its engine was ready"):
+        await starting
+
+
+async def test_a_request_that_waits_for_an_engine_that_cannot_start_fails() -> None:
+    command = fake_engine_command(Faults(crash_at_start=True))
+    replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, command=command)
+    starting = asyncio.create_task(replica.start())
+    await asyncio.sleep(0)
+    with pytest.raises(ReplicaUnavailable):
+        await collect(replica, request("early"))
+    with pytest.raises(EngineFailed):
+        await starting
+
+
+async def test_a_replica_that_is_not_started_refuses_requests_and_stops_quietly() -> None:
+    replica = Replica(engine_settings(), SystemClock(), command=fake_engine_command())
+    with pytest.raises(ReplicaUnavailable, match="has not been started"):
+        await collect(replica, request("early"))
+    await replica.stop()
+    with pytest.raises(InternalError, match="started once"):
+        await replica.start()
+
+
+PARENT = """
+import asyncio
+from support.replicas import running
+
+async def main():
+    async with running() as replica:
+        print(replica.engine_pid, flush=True)
+        await asyncio.sleep(1000)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+async def test_a_parent_that_is_killed_leaves_no_engine_behind(how: signal.Signals) -> None:
     parent = await asyncio.create_subprocess_exec(
-        os.sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE, env=dict(os.environ)
+        sys.executable,
+        "-c",
+        PARENT,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    output, _ = await parent.communicate()
-    async with asyncio.timeout(5):
-        while Path(f"/proc/{int(output)}").exists():
-            await asyncio.sleep(0.05)
+    assert parent.stdout is not None
+    engine = os.pidfd_open(int(await parent.stdout.readline()))
+    try:
+        parent.send_signal(how)
+        await parent.wait()
+        exited, _, _ = await asyncio.to_thread(select.select, [engine], [], [], 30.0)
+        assert exited
+    finally:
+        os.close(engine)
+
+
+async def test_the_engine_leaves_interrupts_to_its_parent_and_its_log_is_passed_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    script = 'echo "ERROR here: told" >&2; echo untold >&2; exec "$0" -m rekindle.testing.fake_engine "$@"'
+    command = ("sh", "-c", script, sys.executable)
+    replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, command=command)
+    await replica.start()
+    pid = replica.engine_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGINT)
+    wanted = request("r")
+    assert tokens_of(await collect(replica, wanted)) == expected_tokens(wanted)
+    assert replica.engine_pid == pid
+    await replica.stop()
+    logged = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "rekindle.engine"]
+    assert logged == [("ERROR", f"[{pid}] here: told"), ("WARNING", f"[{pid}] untold")]

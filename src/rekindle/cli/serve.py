@@ -21,7 +21,7 @@ from rekindle.catalog.records import ModelRecord
 from rekindle.cli.examples import print_examples
 from rekindle.cli.settings import EngineOptions, Settings, available_memory_bytes, home_directory
 from rekindle.clock import SystemClock
-from rekindle.errors import ConfigurationError
+from rekindle.errors import ConfigurationError, RekindleError
 from rekindle.fleet.replica import Replica
 from rekindle.gateway.app import create_app
 from rekindle.gateway.lifecycle import Lifecycle
@@ -92,7 +92,7 @@ class RekindleServer:
             await self._http.serve()
         finally:
             starting.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ConfigurationError):
+            with contextlib.suppress(asyncio.CancelledError, RekindleError):
                 await starting
             for replica in self._replicas:
                 await replica.stop()
@@ -132,7 +132,7 @@ def _build(arguments: argparse.Namespace, settings: Settings, home: Home, catalo
     settings = dataclasses.replace(settings, server=dataclasses.replace(server, **overrides))
     clock = SystemClock()
     engines = _engine_settings(settings.engine, records)
-    replicas = [Replica(engine, clock) for engine in engines]
+    replicas = [Replica(engine, clock, name=record.name) for engine, record in zip(engines, records, strict=True)]
     bases = tuple(
         ServedBase(record.name, record.manifest, record.path, replica, record.created_s)
         for record, replica in zip(records, replicas, strict=True)

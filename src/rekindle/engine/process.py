@@ -2,7 +2,7 @@
 
 Three threads. The reader decodes frames into a bounded inbox; the main thread empties the inbox between steps, blocking
 only when nothing can run, and steps; the writer sends what steps gave from a bounded outbox, so that a slow peer holds
-the loop back instead of filling memory. The process ends when its peer does.
+the loop back instead of filling memory. The process ends when its peer does, whatever the main thread is doing.
 """
 
 from __future__ import annotations
@@ -31,16 +31,24 @@ from rekindle.protocol.replica import (
     RemoveAdapter,
     Shutdown,
 )
-from rekindle.protocol.wire import HEADER, Message, StepChunks, WireError, decode, encode, parse_header
+from rekindle.protocol.wire import Message, StepChunks, TornFrame, WireError, encode, read_message
 
 INBOX_FRAMES = 4096
 OUTBOX_FRAMES = 64
 HEARTBEAT_S = 1.0
-"""How often statistics are sent at least, also as a sign of life."""
+"""How often statistics are sent while sequences are open or anything changes; they are the sign of life, too."""
+
+_logger = logging.getLogger(__name__)
 
 
 class EngineLike(Protocol):
-    """What the loop needs of an engine."""
+    """What the loop needs of an engine. Every method is called from one thread.
+
+    `submit` raises RequestError or RetryLater for what it does not take. `step` computes one step if something can run
+    and returns what sequences gained since the last call. `has_runnable` is False from a step without effect on until
+    something changes; what changes outside of a call, such as a finished adapter load, is told through the `wake` that
+    the engine was made with, from any thread.
+    """
 
     @property
     def ready(self) -> EngineReady: ...
@@ -59,56 +67,81 @@ EngineFactory = Callable[[EngineSettings, Clock, Callable[[], None]], EngineLike
 
 
 class EngineProcess:
-    """The loop around one engine, on one connected stream socket."""
+    """The loop around one engine, on one connected stream socket. `leave` ends the process at once."""
 
-    def __init__(self, connection: socket.socket, make_engine: EngineFactory, clock: Clock) -> None:
-        self._connection, self._make_engine, self._clock = connection, make_engine, clock
-        self._inbox: queue.Queue[Message | None] = queue.Queue(INBOX_FRAMES)
+    def __init__(
+        self,
+        connection: socket.socket,
+        make_engine: EngineFactory,
+        clock: Clock,
+        leave: Callable[[int], object] = os._exit,
+    ) -> None:
+        self._connection, self._make_engine, self._clock, self._leave = connection, make_engine, clock, leave
+        self._inbox: queue.Queue[Message | WireError | None] = queue.Queue(INBOX_FRAMES)
         self._outbox: queue.Queue[bytes | None] = queue.Queue(OUTBOX_FRAMES)
-        self._next_heartbeat_s = 0.0
+        self._refused_adapters: dict[AdapterDigest, RequestError] = {}
+        self._next_report_s = 0.0
+        self._reported: EngineStats | None = None
+        self._is_settled = False
 
     def run(self) -> int:
-        """Serve until told to stop; returns the process's exit code."""
+        """Serve until told to stop; returns the process's exit code.
+
+        Whatever goes wrong is reported to the peer as `EngineFatal` before the process ends, hence the broad handler.
+        """
         writer = threading.Thread(target=self._write_loop, name="wire-writer", daemon=True)
         writer.start()
         threading.Thread(target=self._read_loop, name="wire-reader", daemon=True).start()
         try:
-            exit_code = self._serve()
-        except RekindleError as error:
-            is_configuration = isinstance(error, ConfigurationError | ModelRejected)
-            self._send(EngineFatal(str(error), is_configuration))
+            self._serve()
+            exit_code = 0
+        except (ConfigurationError, ModelRejected) as error:
+            self._send(EngineFatal(str(error), is_configuration=True))
+            exit_code = 1
+        except Exception as error:
+            _logger.critical("the engine failed", exc_info=True)
+            message = str(error) if isinstance(error, RekindleError) else f"{type(error).__name__}: {error}"
+            self._send(EngineFatal(message, is_configuration=False))
             exit_code = 1
         self._outbox.put(None)
         writer.join()
         return exit_code
 
-    def _serve(self) -> int:
+    def _serve(self) -> None:
         settings = self._inbox.get()
         if not isinstance(settings, EngineSettings):
             raise WireError(f"the first frame must be EngineSettings, got {type(settings).__name__}")
         engine = self._make_engine(settings, self._clock, self._wake)
-        self._send(engine.ready)
-        while self._take_messages(engine):
-            chunks = engine.step()
-            if chunks:
-                self._send(StepChunks(tuple(chunks)))
-            self._beat(engine)
-        engine.close()
-        return 0
+        try:
+            self._send(engine.ready)
+            while self._take_messages(engine):
+                chunks = engine.step()
+                if chunks:
+                    self._is_settled = False
+                    self._send(StepChunks(tuple(chunks)))
+                self._report(engine)
+        finally:
+            engine.close()
 
     def _take_messages(self, engine: EngineLike) -> bool:
         """Act on all messages at hand; wait for one if the engine has nothing to run. False: shut down."""
         block = not engine.has_runnable
+        timeout_s = None if self._is_settled else HEARTBEAT_S
         while True:
             try:
-                message = self._inbox.get(block, HEARTBEAT_S)
+                message = self._inbox.get(block, timeout_s)
             except queue.Empty:
                 return True
-            block = False
-            if isinstance(message, Shutdown):
-                return False
-            if message is not None:
-                self._act(engine, message)
+            block = self._is_settled = False
+            match message:
+                case None:
+                    continue
+                case WireError():
+                    raise message
+                case Shutdown():
+                    return False
+                case _:
+                    self._act(engine, message)
 
     def _act(self, engine: EngineLike, message: Message) -> None:
         match message:
@@ -116,45 +149,74 @@ class EngineProcess:
                 self._submit(engine, message)
             case AbortRequest(request_id):
                 engine.abort(request_id)
-            case AddAdapter(manifest, path):
-                engine.add_adapter(manifest, path)
+            case AddAdapter():
+                self._add_adapter(engine, message)
             case RemoveAdapter(digest):
+                self._refused_adapters.pop(digest, None)
                 engine.remove_adapter(digest)
             case _:
                 raise WireError(f"an engine does not take {type(message).__name__}")
 
+    def _add_adapter(self, engine: EngineLike, message: AddAdapter) -> None:
+        """A version that the engine refuses is refused again to each request for it; it harms nobody else."""
+        digest = message.manifest.digest
+        try:
+            engine.add_adapter(message.manifest, message.path)
+            self._refused_adapters.pop(digest, None)
+        except RequestError as error:
+            _logger.error("adapter %s is refused: %s", digest, error)
+            self._refused_adapters[digest] = error
+
     def _submit(self, engine: EngineLike, request: GenerateRequest) -> None:
         try:
+            if request.adapter in self._refused_adapters:
+                raise self._refused_adapters[request.adapter]
             engine.submit(request)
         except (RequestError, RetryLater) as error:
             self._send(StepChunks((_refusal(request, error),)))
 
-    def _beat(self, engine: EngineLike) -> None:
+    def _report(self, engine: EngineLike) -> None:
+        """Send statistics if they are due, and note whether there is nothing more to report until a message comes."""
         now_s = self._clock.monotonic_s()
-        if now_s >= self._next_heartbeat_s:
-            self._next_heartbeat_s = now_s + HEARTBEAT_S
-            self._send(engine.stats())
+        if now_s < self._next_report_s:
+            return
+        stats = engine.stats()
+        is_idle = not (stats.num_waiting or stats.num_running)
+        self._is_settled = is_idle and stats == self._reported
+        if not self._is_settled:
+            self._next_report_s = now_s + HEARTBEAT_S
+            self._reported = stats
+            self._send(stats)
 
     def _wake(self) -> None:
-        self._inbox.put(None)
+        """Make an idle loop look again; a full inbox means that it is not idle."""
+        try:
+            self._inbox.put_nowait(None)
+        except queue.Full:
+            return
 
     def _send(self, message: Message) -> None:
         self._outbox.put(encode(message))
 
     def _read_loop(self) -> None:
-        """Decode frames; when the peer is gone there is nobody to work for."""
-        with self._connection.makefile("rb") as stream:
-            while len(header := stream.read(HEADER.size)) == HEADER.size:
-                length, tag = parse_header(header)
-                self._inbox.put(decode(tag, stream.read(length)))
-        os._exit(0)
+        """Decode frames until the peer is gone; then there is nobody to work for."""
+        try:
+            with self._connection.makefile("rb") as stream:
+                while (message := read_message(stream)) is not None:
+                    self._inbox.put(message)
+        except (OSError, TornFrame):
+            self._leave(0)
+        except WireError as error:
+            self._inbox.put(error)
+        else:
+            self._leave(0)
 
     def _write_loop(self) -> None:
         while (frame := self._outbox.get()) is not None:
             try:
                 self._connection.sendall(frame)
             except OSError:
-                os._exit(0)
+                self._leave(0)
 
 
 def _refusal(request: GenerateRequest, error: RequestError | RetryLater) -> TokenChunk:
@@ -176,7 +238,7 @@ def _refusal(request: GenerateRequest, error: RequestError | RetryLater) -> Toke
 def serve(descriptor: int, make_engine: EngineFactory, clock: Clock) -> int:
     """Run an engine on an inherited socket until the peer is gone or says stop; returns the exit code.
 
-    The parent decides what an interrupt means, so SIGINT is ignored here.
+    The parent decides what an interrupt means, so SIGINT is ignored here; SIGTERM ends the process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")

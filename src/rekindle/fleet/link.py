@@ -1,34 +1,74 @@
-"""One engine process and the socket to it."""
+"""One engine process: its start, the socket to it, its log, its end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
+import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
-from rekindle.protocol.wire import HEADER, Message, decode, encode, parse_header
+from rekindle.errors import InternalError
+from rekindle.protocol.replica import Shutdown
+from rekindle.protocol.wire import HEADER, Message, WireError, decode, encode, parse_header
 
-EXIT_DEADLINE_S = 5.0
+LOG_LINE_BYTES = 16 << 10
+"""Longer lines of an engine's log are cut into several."""
+
+_REAP_S = 10.0
 _ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 """How long threads of an engine that wait for each other spin before they sleep. The default, milliseconds, multiplies
 the time of a step as soon as the gateway or anything else wants a core; none at all costs a wake-up per operation."""
 
+_logger = logging.getLogger(__name__)
+_engine_logger = logging.getLogger("rekindle.engine")
+
+
+class EngineLost(InternalError):
+    """The engine has died, or must; `is_configuration` if another one cannot do better."""
+
+    def __init__(self, message: str, *, is_configuration: bool = False) -> None:
+        super().__init__(message)
+        self.is_configuration = is_configuration
+
 
 class EngineLink:
-    """A running engine process, spoken to in frames. Made by `spawn`, ended by `close`."""
+    """A running engine process, spoken to in frames. Made by `spawn`; `close` must be awaited in the end.
+
+    The process is the leader of a session of its own, so that signals meant for this process's group do not reach it.
+    What it writes to its standard error goes to the logger `rekindle.engine`, line by line.
+    """
 
     def __init__(
         self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self._process, self._reader, self._writer = process, reader, writer
+        self._log_relay = asyncio.create_task(_relay_log(process.stderr, process.pid), name="engine-log-relay")
 
     @classmethod
     async def spawn(cls, command: Sequence[str]) -> EngineLink:
-        """Start `command --fd N`, where N is its end of a fresh socket pair; raises `OSError` if that fails."""
+        """Start `command --fd N`, where N is its end of a fresh socket pair; leaves nothing behind if cancelled.
+
+        Raises:
+            EngineLost: the command cannot be run.
+        """
+        spawning = asyncio.ensure_future(cls._spawn(command))
+        try:
+            return await asyncio.shield(spawning)
+        except asyncio.CancelledError:
+            await asyncio.wait([spawning])
+            if spawning.exception() is None:
+                await spawning.result().close(0.0)
+            raise
+
+    @classmethod
+    async def _spawn(cls, command: Sequence[str]) -> EngineLink:
         ours, theirs = socket.socketpair()
         with theirs:
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
             try:
                 process = await asyncio.create_subprocess_exec(
                     *command,
@@ -36,48 +76,113 @@ class EngineLink:
                     str(theirs.fileno()),
                     pass_fds=(theirs.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    stderr=asyncio.subprocess.PIPE,
+                    start_new_session=True,
                     env={**_ENVIRONMENT, **os.environ},
                 )
-            except OSError:
-                ours.close()
-                raise
-        reader, writer = await asyncio.open_connection(sock=ours)
+            except OSError as error:
+                writer.transport.abort()
+                raise EngineLost(f"{command[0]} could not be started: {error}") from error
         return cls(process, reader, writer)
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def send(self, message: Message) -> None:
-        """Queue a frame; what an engine that has just died does not get, its successor will."""
+    async def send(self, message: Message) -> None:
+        """Send a frame; waits while the engine takes nothing. What a dead engine does not get is no error here:
+        `receive` tells of its death.
+
+        Raises:
+            WireError: the message cannot be sent.
+        """
+        frame = encode(message)
         if not self._writer.is_closing():
-            self._writer.write(encode(message))
+            self._writer.write(frame)
+            with contextlib.suppress(ConnectionError):
+                await self._writer.drain()
 
-    async def flush(self) -> None:
-        """Wait until the engine has taken most of what was sent."""
-        with contextlib.suppress(ConnectionError):
-            await self._writer.drain()
+    async def receive(self) -> Message:
+        """The next frame.
 
-    async def receive(self) -> Message | None:
-        """The next frame; None when the engine's end is closed."""
+        Raises:
+            EngineLost: there is none: the process has died, or does not speak this protocol.
+        """
         try:
             length, tag = parse_header(await self._reader.readexactly(HEADER.size))
             return decode(tag, await self._reader.readexactly(length))
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return None
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise EngineLost(await self._how_it_ended()) from error
+        except WireError as error:
+            raise EngineLost(str(error)) from error
 
-    def kill(self) -> None:
-        """End the process at once."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+    async def close(self, grace_s: float) -> None:
+        """End the process, if need be by force after `grace_s`, and release everything, even if cancelled meanwhile."""
+        await _to_the_end(self._close(grace_s))
 
-    async def close(self) -> int:
-        """Close the socket, which ends the process, and wait for that; returns its exit code."""
-        self._writer.close()
-        with contextlib.suppress(ConnectionError):
+    async def _close(self, grace_s: float) -> None:
+        if grace_s > 0 and not self._writer.is_closing():
+            self._writer.write(encode(Shutdown()))
+        if not await self._has_exited_within(grace_s):
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            if not await self._has_exited_within(_REAP_S):
+                _logger.error("engine process %d does not die; it is left behind", self.pid)
+        self._writer.transport.abort()
+        with contextlib.suppress(OSError):
             await self._writer.wait_closed()
+        _, unread = await asyncio.wait([self._log_relay], timeout=_REAP_S)
+        for task in unread:
+            task.cancel()
+
+    async def _has_exited_within(self, limit_s: float) -> bool:
         try:
-            return await asyncio.wait_for(self._process.wait(), EXIT_DEADLINE_S)
+            await asyncio.wait_for(self._process.wait(), limit_s)
         except TimeoutError:
-            self.kill()
-            return await self._process.wait()
+            return False
+        return True
+
+    async def _how_it_ended(self) -> str:
+        """The engine's end of the socket is closed; its exit follows, or does not count."""
+        if not await self._has_exited_within(1.0):
+            return f"engine process {self.pid} closed its connection"
+        status = self._process.returncode or 0
+        if status < 0:
+            return f"engine process {self.pid} was killed by {signal.Signals(-status).name}"
+        return f"engine process {self.pid} exited with status {status}"
+
+
+async def _relay_log(stream: asyncio.StreamReader | None, pid: int) -> None:
+    """Pass lines on at the level they begin with, else as warnings, until the stream ends."""
+    if stream is None:
+        return
+    rest = b""
+    while data := await stream.read(LOG_LINE_BYTES):
+        *lines, rest = (rest + data).split(b"\n")
+        if len(rest) >= LOG_LINE_BYTES:
+            lines, rest = [*lines, rest], b""
+        for line in lines:
+            _log_line(line, pid)
+    if rest:
+        _log_line(rest, pid)
+
+
+def _log_line(line: bytes, pid: int) -> None:
+    text = line.decode(errors="replace").rstrip()
+    name, _, message = text.partition(" ")
+    level = logging.getLevelNamesMapping().get(name)
+    if level is None:
+        level, message = logging.WARNING, text
+    if message:
+        _engine_logger.log(level, "[%d] %s", pid, message)
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await something that must not be left half done; a cancellation is passed on when it is."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

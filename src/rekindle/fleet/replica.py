@@ -1,372 +1,399 @@
 """A replica: one engine process kept alive, and the open requests that survive its death.
 
-When the process ends without being told to, another is started and open requests are submitted to it again, with the
-tokens received so far, under a new epoch; their readers see a pause. To find out which request kills an engine, those
-that were present at a crash are submitted again one at a time, each after the one before has made progress; a request
-present at two crashes without a token in between is failed. An engine that gives no sign of life is killed.
+When the engine dies without being told to, or gives no sign of life, another one is started; it is told of all
+adapters, and open requests go on there from the tokens received so far, under a new epoch. Their readers see a pause.
+Requests that come meanwhile wait. `open_requests` says who is given up, `supervision` when requests are refused.
+
+One task, made by `start` and ended by `stop`, owns the engine and everything done with it; nothing here polls.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import sys
+from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
+from typing import Never
 
-from rekindle import errors
 from rekindle.clock import Clock
 from rekindle.errors import (
+    AdapterRejected,
     ConfigurationError,
     Conflict,
     EngineFailed,
-    Overloaded,
+    InternalError,
     RekindleError,
     ReplicaUnavailable,
-    RequestError,
-    RetryLater,
     StreamBroken,
 )
-from rekindle.fleet.link import EXIT_DEADLINE_S, EngineLink
+from rekindle.fleet.admission import Admission
+from rekindle.fleet.known_adapters import KnownAdapters
+from rekindle.fleet.link import EngineLink, EngineLost
+from rekindle.fleet.open_requests import OpenRequests
+from rekindle.fleet.state import ReplicaState, check_transition
 from rekindle.fleet.stream import RequestStream
+from rekindle.fleet.supervision import RestartPolicy, Supervision
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.generation import AbortRequest, GenerateRequest, TokenChunk
 from rekindle.protocol.identity import AdapterDigest, RequestId
-from rekindle.protocol.replica import (
-    AddAdapter,
-    EngineFatal,
-    EngineReady,
-    EngineSettings,
-    EngineStats,
-    RemoveAdapter,
-    Shutdown,
-)
+from rekindle.protocol.replica import EngineFatal, EngineReady, EngineSettings, EngineStats
 from rekindle.protocol.wire import StepChunks, WireError
-
-_logger = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "rekindle.engine")
 
-
-class ReplicaState(Enum):
-    """STARTING -> READY -> RESTARTING -> READY ...; any -> DRAINING -> STOPPED."""
-
-    STARTING = "starting"
-    READY = "ready"
-    RESTARTING = "restarting"
-    DRAINING = "draining"
-    STOPPED = "stopped"
-
-
-@dataclass(frozen=True, slots=True)
-class Supervision:
-    """How patient a replica is with its engine.
-
-    `start_s` is how long a start may take. An engine with open requests that sends nothing for `silence_s` is taken
-    for hung. Restarts wait `backoff_s`, doubling up to `max_backoff_s` while none gets as far as a token; after
-    `max_failed_starts` of these in a row new requests are refused until one does.
-    """
-
-    start_s: float = 300.0
-    silence_s: float = 120.0
-    backoff_s: float = 0.25
-    max_backoff_s: float = 15.0
-    max_failed_starts: int = 4
+_logger = logging.getLogger(__name__)
 
 
 class Replica:
-    """See the module. All methods belong to one event loop."""
+    """See the module. All methods belong to one event loop.
+
+    `ready` and `stats` are what the present engine last said, None while there is none. `command` starts an engine when
+    `--fd N` is appended. `name` stands in the log.
+    """
 
     def __init__(
         self,
         settings: EngineSettings,
         clock: Clock,
         *,
+        name: str = "replica",
         supervision: Supervision | None = None,
         command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
-        self._settings, self._clock, self._command = settings, clock, tuple(command)
+        self._settings, self._clock, self._name, self._command = settings, clock, name, tuple(command)
         self._supervision = supervision or Supervision()
-        self._adapters: dict[AdapterDigest, AddAdapter] = {}
-        self._streams: dict[RequestId, RequestStream] = {}
-        self._suspects: list[RequestStream] = []
-        self._spawned: EngineLink | None = None
-        self._link: EngineLink | None = None
-        """The same once its engine takes requests."""
-        self._stopping = asyncio.Event()
+        self._restarts = RestartPolicy(self._supervision)
+        self._requests = OpenRequests(self._supervision.max_crashes_per_request)
+        self._adapters = KnownAdapters()
+        self._aborts: deque[RequestId] = deque()
+        self._admission = Admission(settings, clock)
+        self._state = ReplicaState.STARTING
         self._supervisor: asyncio.Task[None] | None = None
-        self._first_start: asyncio.Future[EngineReady] | None = None
+        self._started: asyncio.Future[EngineReady] | None = None
+        self._link: EngineLink | None = None
+        self._to_send = asyncio.Event()
+        self._has_running = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._last_frame_s = 0.0
-        self._num_failed_starts = 0
-        self.state = ReplicaState.STARTING
+        self._last_sign_s = 0.0
+        self._is_fruitful = False
         self.ready: EngineReady | None = None
         self.stats: EngineStats | None = None
         self.restarts_total = 0
 
     @property
+    def state(self) -> ReplicaState:
+        return self._state
+
+    @property
     def is_ready(self) -> bool:
-        return self.state is ReplicaState.READY
+        return self._state is ReplicaState.READY
+
+    @property
+    def engine_pid(self) -> int | None:
+        """The engine's process id, if there is an engine."""
+        return None if self._link is None else self._link.pid
 
     async def start(self) -> EngineReady:
-        """Start the engine and wait until it takes requests.
+        """Start the engine and wait until it takes requests. To be called once; if it fails, the replica is stopped.
 
         Raises:
-            ConfigurationError: the engine says it can never start this way.
-            ReplicaUnavailable: it did not start in time, or died starting.
+            ConfigurationError: the engine cannot run with these settings on this machine.
+            EngineFailed: it died, or was not ready in time.
         """
-        self._first_start = asyncio.get_running_loop().create_future()
-        self._supervisor = asyncio.create_task(self._supervise(), name="replica-supervisor")
+        if self._supervisor is not None or self._state is not ReplicaState.STARTING:
+            raise InternalError(f"a replica is started once; {self._name} is {self._state.value}")
+        self._started = asyncio.get_running_loop().create_future()
+        self._supervisor = asyncio.create_task(self._supervise(), name=f"{self._name}-supervisor")
         try:
-            return await self._first_start
+            return await self._started
         except BaseException:
             await self.stop()
             raise
 
     async def add_adapter(self, manifest: AdapterManifest, path: Path) -> None:
-        """Make a version known to this engine and its successors; repeating it is harmless."""
-        message = AddAdapter(manifest, str(path))
-        self._adapters[manifest.digest] = message
-        if self._link is not None and self.ready is not None:
-            self._link.send(message)
-            await self._link.flush()
+        """Make a version known to this engine and those after it; repeating it is harmless. Returns without waiting:
+        whatever is submitted from now on finds the version.
+
+        Raises:
+            AdapterRejected: it belongs to another base model.
+        """
+        base = self._settings.model.digest
+        if manifest.base != base:
+            raise AdapterRejected(
+                f"adapter {manifest.digest} was made for base {manifest.base}, but this replica serves {base}; "
+                "register it with its own base",
+                field="base_model",
+            )
+        self._adapters.add(manifest, str(path))
+        self._to_send.set()
 
     async def remove_adapter(self, digest: AdapterDigest) -> None:
-        """Forget a version once no open request uses it; unknown ones are ignored."""
-        if self._adapters.pop(digest, None) is not None and self._link is not None:
-            self._link.send(RemoveAdapter(digest))
-            await self._link.flush()
+        """Refuse a version to new requests and forget it when the last that uses it ends; unknown ones are ignored."""
+        self._adapters.remove(digest)
+        self._to_send.set()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
-        """Chunks of one sequence without gap or repetition; closing the generator aborts it.
+        """Chunks of one sequence, without gap or repetition, the last with a finish reason other than ERROR. Tokens
+        that have not been asked for yet come as one chunk. Closing the generator aborts the sequence.
 
         Raises:
             Overloaded: as many requests are open as may run and wait.
-            ReplicaUnavailable: the replica is draining, or its engine keeps failing.
-            RequestError: the engine refused the request.
-            EngineFailed: the engine gave it up, or died twice of it.
+            ReplicaUnavailable: the replica is not started, or is stopping, or its engines keep dying.
+            RequestError: the request cannot be carried out, or its adapter is unknown.
+            EngineFailed: the engine gave it up, or died of it too often.
         """
         stream = self._open(request)
-        is_finished = False
         try:
-            while not is_finished:
+            while True:
                 chunk = await stream.take()
-                is_finished = chunk.finish_reason is not None
-                if chunk.error is not None:
-                    raise _error_of(chunk)
                 yield chunk
+                if chunk.finish_reason is not None:
+                    return
         finally:
-            self._close(stream, is_finished)
+            self._close(stream)
 
-    async def drain(self, deadline_s: float) -> None:
-        """Take no new requests and wait up to `deadline_s` seconds for the open ones."""
-        self.state = ReplicaState.DRAINING
-        with contextlib.suppress(TimeoutError):
+    async def drain(self, deadline_s: float) -> bool:
+        """Take no new requests, and wait up to `deadline_s` seconds for the open ones; returns whether all ended."""
+        if self._state not in (ReplicaState.DRAINING, ReplicaState.STOPPED):
+            self._move_to(ReplicaState.DRAINING)
+        try:
             await asyncio.wait_for(self._idle.wait(), deadline_s)
+        except TimeoutError:
+            _logger.warning("%s: %d requests did not end within %g s", self._name, len(self._requests), deadline_s)
+        return self._idle.is_set()
 
     async def stop(self) -> None:
-        """End the engine; open requests fail. Leaves no process, task or descriptor behind."""
-        self.state = ReplicaState.STOPPED
-        self._stopping.set()
-        if self._link is not None:
-            self._link.send(Shutdown())
-            asyncio.get_running_loop().call_later(EXIT_DEADLINE_S, self._link.kill)
-        elif self._spawned is not None:
-            self._spawned.kill()
+        """End the engine; requests still open fail. Leaves no process, task or descriptor behind. Safe to repeat."""
+        if self._state is not ReplicaState.STOPPED:
+            self._move_to(ReplicaState.STOPPED)
         if self._supervisor is not None:
-            await self._supervisor
-        for stream in self._streams.values():
-            stream.fail(ReplicaUnavailable("the server is shutting down", retry_after_s=1.0))
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
 
     def _open(self, request: GenerateRequest) -> RequestStream:
-        if self.state in (ReplicaState.DRAINING, ReplicaState.STOPPED):
-            raise ReplicaUnavailable("the replica is shutting down", retry_after_s=1.0)
-        if self._num_failed_starts >= self._supervision.max_failed_starts:
-            raise ReplicaUnavailable(
-                f"the engine failed {self._num_failed_starts} times in a row and is being restarted",
-                retry_after_s=self._supervision.max_backoff_s,
-            )
-        limit = self._settings.max_queued + self._settings.max_sequences
-        if len(self._streams) >= limit:
-            raise Overloaded(f"{len(self._streams)} requests are open, at most {limit} may be", retry_after_s=1.0)
-        if request.request_id in self._streams:
-            raise Conflict(f"request id {request.request_id!r} is in use")
+        self._check_takes_requests()
+        self._admission.check(len(self._requests))
+        if self._requests.get(request.request_id) is not None:
+            raise Conflict(f"request {request.request_id} is open already; give each request an id of its own")
+        if request.adapter is not None:
+            self._adapters.acquire(request.adapter)
         stream = RequestStream(request)
-        self._streams[request.request_id] = stream
+        self._requests.add(stream)
         self._idle.clear()
-        self._submit(stream)
+        self._to_send.set()
         return stream
 
-    def _close(self, stream: RequestStream, is_finished: bool) -> None:
-        request_id = stream.request.request_id
-        del self._streams[request_id]
-        if stream in self._suspects:
-            self._suspects.remove(stream)
-        if stream.is_submitted and not is_finished and self._link is not None:
-            self._link.send(AbortRequest(request_id))
-        if not self._streams:
-            self._idle.set()
-        self._submit_next_suspect()
+    def _check_takes_requests(self) -> None:
+        match self._state:
+            case ReplicaState.STARTING if self._supervisor is None:
+                raise ReplicaUnavailable("the replica has not been started", retry_after_s=1.0)
+            case ReplicaState.RESTARTING if self._restarts.is_hopeless:
+                raise ReplicaUnavailable(
+                    "the engine died several times in a row and is being restarted",
+                    retry_after_s=self._restarts.retry_after_s(self._clock.monotonic_s()),
+                )
+            case ReplicaState.DRAINING | ReplicaState.STOPPED:
+                raise ReplicaUnavailable("the server is shutting down", retry_after_s=1.0)
 
-    def _submit(self, stream: RequestStream) -> None:
-        """Give a request to the engine, if there is one; otherwise it goes out when there is."""
-        if self._link is not None and self.ready is not None:
-            stream.is_submitted = True
-            self._link.send(stream.request)
-            if len(self._streams) == 1:
-                self._last_frame_s = self._clock.monotonic_s()
+    def _close(self, stream: RequestStream) -> None:
+        if self._requests.remove(stream) and self._link is not None:
+            self._aborts.append(stream.request_id)
+        adapter = stream.request.adapter
+        if adapter is not None:
+            self._adapters.release(adapter)
+        self._admission.note_departure(len(self._requests))
+        self._to_send.set()
+        if not len(self._requests):
+            self._idle.set()
+
+    def _move_to(self, state: ReplicaState) -> None:
+        check_transition(self._state, state)
+        _logger.info("%s: %s -> %s", self._name, self._state.value, state.value)
+        self._state = state
 
     async def _supervise(self) -> None:
-        """Keep an engine running until the replica is stopped."""
-        backoff_s = self._supervision.backoff_s
-        while True:
-            reason = await self._run_engine()
-            if self.state is ReplicaState.STOPPED:
-                return
-            self.restarts_total += 1
-            self._num_failed_starts += 1
-            self.state = ReplicaState.RESTARTING if self.state is ReplicaState.READY else self.state
-            _logger.error("the engine ended: %s; restarting it with %d open requests", reason, len(self._streams))
-            self._sort_out_crashed(reason)
-            backoff_s = backoff_s if self._num_failed_starts > 1 else self._supervision.backoff_s
-            if self._num_failed_starts > 1:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), backoff_s)
-                backoff_s = min(2 * backoff_s, self._supervision.max_backoff_s)
-
-    async def _run_engine(self) -> str:
-        """Run one engine process to its end; returns why it ended."""
+        """Keep an engine running until cancelled; no request outlives this."""
         try:
-            link = await EngineLink.spawn(self._command)
-        except OSError as error:
-            return f"it could not be started: {error}"
-        self._spawned = link
-        watchdog: asyncio.Task[None] | None = None
-        try:
-            if self.state is ReplicaState.STOPPED:
-                link.kill()
-            reason = await self._await_ready(link)
-            if reason is None:
-                watchdog = asyncio.create_task(self._watch(link), name="replica-watchdog")
-                reason = await self._pump(link)
-        except WireError as error:
-            reason = str(error)
+            while (lost := await self._engine_loss()) is not None:
+                await asyncio.sleep(self._prepare_restart(lost))
+                self.restarts_total += 1
         finally:
-            self._link, self._spawned, self.ready = None, None, None
-            if watchdog is not None:
-                watchdog.cancel()
-            link.kill()
-            exit_code = await link.close()
-        return f"{reason} (exit code {exit_code})"
+            self._fail_all("the server is shutting down", retry_after_s=1.0)
+            if self._started is not None and not self._started.done():
+                self._started.set_exception(EngineFailed("the replica was stopped before its engine was ready"))
 
-    async def _await_ready(self, link: EngineLink) -> str | None:
-        """Bring a fresh engine to where it takes requests; returns what went wrong, if anything."""
-        link.send(self._settings)
+    async def _engine_loss(self) -> EngineLost | None:
+        """Run one engine to its end; returns how it was lost, or None if it was the first and never got ready.
+
+        A fault in this process must not end the replica: it is logged, and the engine is replaced.
+        """
         try:
-            message = await asyncio.wait_for(link.receive(), self._supervision.start_s)
-        except TimeoutError:
-            message = None
-        if isinstance(message, EngineFatal):
-            failure = ConfigurationError if message.is_configuration else ReplicaUnavailable
-            self._fail_first_start(message.message, is_configuration=failure is ConfigurationError)
-            return message.message
-        if not isinstance(message, EngineReady):
-            self._fail_first_start("the engine did not start", is_configuration=False)
-            return "it did not start"
-        for adapter in self._adapters.values():
-            link.send(adapter)
-        self._link, self.ready = link, message
-        self._last_frame_s = self._clock.monotonic_s()
-        if self.state in (ReplicaState.STARTING, ReplicaState.RESTARTING):
-            self.state = ReplicaState.READY
-        self._resubmit()
-        if self._first_start is not None and not self._first_start.done():
-            self._first_start.set_result(message)
+            await self._run_engine()
+        except EngineLost as error:
+            lost = error
+        except Exception as error:
+            _logger.exception("%s: unexpected error in supervision", self._name)
+            lost = EngineLost(f"{type(error).__name__}: {error}")
+        if self._started is None or self._started.done():
+            return lost
+        self._started.set_exception(_error_at_start(lost))
         return None
 
-    def _fail_first_start(self, message: str, *, is_configuration: bool) -> None:
-        if self._first_start is None or self._first_start.done():
-            return
-        error = ConfigurationError(message) if is_configuration else ReplicaUnavailable(message, retry_after_s=5.0)
-        self._first_start.set_exception(error)
+    async def _run_engine(self) -> Never:
+        """Run one engine to its end.
 
-    async def _pump(self, link: EngineLink) -> str:
-        """Hand out what the engine sends until it ends; returns why."""
-        while (message := await link.receive()) is not None:
-            self._last_frame_s = self._clock.monotonic_s()
+        Raises:
+            EngineLost: it has died, or had to be killed.
+        """
+        self._is_fruitful = False
+        link = await EngineLink.spawn(self._command)
+        try:
+            self._note_ready(await self._start_engine(link))
+            self._link = link
+            await self._work_with(link)
+        finally:
+            self._link = self.ready = self.stats = None
+            grace_s = self._supervision.stop_s if self._state is ReplicaState.STOPPED else 0.0
+            await link.close(grace_s)
+
+    async def _start_engine(self, link: EngineLink) -> EngineReady:
+        limit_s = self._supervision.start_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await link.send(self._settings)
+                message = await link.receive()
+        except TimeoutError:
+            raise EngineLost(f"engine process {link.pid} was not ready within {limit_s:g} s") from None
+        match message:
+            case EngineReady():
+                return message
+            case EngineFatal(reason, is_configuration):
+                raise EngineLost(reason, is_configuration=is_configuration)
+            case _:
+                raise EngineLost(f"the engine began with {type(message).__name__} instead of EngineReady")
+
+    def _note_ready(self, ready: EngineReady) -> None:
+        self.ready = ready
+        parts = ", ".join(f"{part} {duration_s:.2f} s" for part, duration_s in ready.parts_s)
+        _logger.info("%s: engine ready (%s)", self._name, parts or "no parts timed")
+        if self._state in (ReplicaState.STARTING, ReplicaState.RESTARTING):
+            self._move_to(ReplicaState.READY)
+        if self._started is not None and not self._started.done():
+            self._started.set_result(ready)
+
+    async def _work_with(self, link: EngineLink) -> Never:
+        """Exchange messages with a ready engine until it is lost."""
+        self._to_send.set()
+        lost: BaseException = EngineLost("the engine's tasks ended")
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._receive_from(link))
+                group.create_task(self._send_to(link))
+                group.create_task(self._watch(link))
+        except* EngineLost as losses:
+            lost = losses.exceptions[0]
+        raise lost
+
+    async def _receive_from(self, link: EngineLink) -> Never:
+        while True:
+            message = await link.receive()
+            self._last_sign_s = self._clock.monotonic_s()
             match message:
                 case StepChunks(chunks):
                     for chunk in chunks:
-                        self._hand_out(chunk)
+                        self._deliver(chunk)
                 case EngineStats():
                     self.stats = message
-                case EngineFatal():
-                    return message.message
+                case EngineFatal(reason):
+                    raise EngineLost(reason)
                 case _:
-                    return f"it sent an unexpected {type(message).__name__}"
-        return "its process died"
+                    raise EngineLost(f"the engine sent an unexpected {type(message).__name__}")
 
-    def _hand_out(self, chunk: TokenChunk) -> None:
-        stream = self._streams.get(chunk.request_id)
+    def _deliver(self, chunk: TokenChunk) -> None:
+        stream = self._requests.get(chunk.request_id)
         if stream is None:
             return
         try:
-            stream.push(chunk)
+            num_new = stream.push(chunk)
         except StreamBroken as error:
             stream.fail(error)
-        if chunk.token_ids:
-            self._num_failed_starts = 0
-        if stream in self._suspects:
-            self._suspects.remove(stream)
-            self._submit_next_suspect()
+            num_new = 0
+        self._is_fruitful |= num_new > 0
+        if (num_new or stream.is_over) and self._requests.note_progress(stream):
+            self._to_send.set()
 
-    def _sort_out_crashed(self, reason: str) -> None:
-        """Count the crash against every request the engine had, and prepare them for the next engine."""
-        for stream in self._streams.values():
-            if stream.is_submitted:
-                stream.num_crashes += 1
-                stream.is_submitted = False
-                if stream.num_crashes >= 2:
-                    stream.fail(
-                        EngineFailed(f"the engine ended twice while it computed this request; the last time: {reason}")
-                    )
-            stream.epoch += 1
+    async def _send_to(self, link: EngineLink) -> None:
+        """Bring the engine up to date whenever something has changed, waiting while it takes nothing."""
+        while True:
+            await self._to_send.wait()
+            self._to_send.clear()
+            while self._aborts:
+                await link.send(AbortRequest(self._aborts.popleft()))
+            while (adapter_change := self._adapters.take_next()) is not None:
+                await link.send(adapter_change)
+            was_idle = not self._requests.has_running
+            if (stream := self._requests.take_next()) is not None:
+                if was_idle:
+                    self._last_sign_s = self._clock.monotonic_s()
+                    self._has_running.set()
+                await self._submit(link, stream)
+                self._to_send.set()
 
-    def _resubmit(self) -> None:
-        """Submit what is open: requests that met no crash at once, the others one by one."""
-        waiting = list(self._streams.values())
-        self._suspects = [stream for stream in waiting if stream.num_crashes == 1]
-        for stream in waiting:
-            if stream.num_crashes == 0:
-                self._submit(stream)
-        self._submit_next_suspect()
-
-    def _submit_next_suspect(self) -> None:
-        if self._suspects and not self._suspects[0].is_submitted:
-            self._submit(self._suspects[0])
+    async def _submit(self, link: EngineLink, stream: RequestStream) -> None:
+        try:
+            await link.send(stream.request)
+        except WireError as error:
+            stream.fail(error)
+            self._requests.note_progress(stream)
 
     async def _watch(self, link: EngineLink) -> None:
-        """Kill an engine that has open requests and is silent."""
-        silence_s = self._supervision.silence_s
+        """Raise EngineLost when an engine that has work gives no sign of life.
+
+        Silence counts from the last frame, or from the moment an idle engine was given work.
+        """
+        limit_s = self._supervision.silence_s
         while True:
-            await asyncio.sleep(silence_s / 4)
-            if self._streams and self._clock.monotonic_s() - self._last_frame_s > silence_s:
-                _logger.error("the engine has sent nothing for %.0f s; killing it", silence_s)
-                link.kill()
+            await self._has_running.wait()
+            left_s = self._last_sign_s + limit_s - self._clock.monotonic_s()
+            if left_s > 0:
+                await asyncio.sleep(left_s)
+            elif self._requests.has_running:
+                raise EngineLost(f"engine process {link.pid} has given no sign of life for {limit_s:g} s")
+            else:
+                self._has_running.clear()
+
+    def _prepare_restart(self, lost: EngineLost) -> float:
+        """Sort out what the lost engine leaves behind; returns the seconds to wait before the next one is started."""
+        now_s = self._clock.monotonic_s()
+        delay_s = self._restarts.crashed(now_s, was_fruitful=self._is_fruitful)
+        self._aborts.clear()
+        self._adapters.engine_lost()
+        for stream in self._requests.engine_lost():
+            stream.fail(
+                EngineFailed(
+                    f"the engine died {stream.num_crashes} times while it computed this request, which is not tried "
+                    f"again; the last time: {lost}"
+                )
+            )
+        if self._state is ReplicaState.READY:
+            self._move_to(ReplicaState.RESTARTING)
+        if self._restarts.is_hopeless:
+            self._fail_all("the engine died several times in a row", retry_after_s=self._restarts.retry_after_s(now_s))
+        _logger.error(
+            "%s: %s; %d requests are open; another engine is started in %.2g s",
+            self._name, lost, len(self._requests), delay_s,
+        )  # fmt: skip
+        return delay_s
+
+    def _fail_all(self, message: str, retry_after_s: float) -> None:
+        for stream in self._requests:
+            stream.fail(ReplicaUnavailable(message, retry_after_s=retry_after_s))
 
 
-def _error_of(chunk: TokenChunk) -> RekindleError:
-    """The error an engine reported for one request."""
-    message, refusal = chunk.error or "", chunk.refusal
-    kind = getattr(errors, refusal.kind, None) if refusal is not None else None
-    if refusal is None or not isinstance(kind, type):
-        return EngineFailed(message)
-    if issubclass(kind, RetryLater):
-        return kind(message, retry_after_s=refusal.retry_after_s or 1.0)
-    if issubclass(kind, RequestError):
-        return kind(message, field=refusal.field, code=refusal.code)
-    return EngineFailed(message)
+def _error_at_start(lost: EngineLost) -> RekindleError:
+    if lost.is_configuration:
+        return ConfigurationError(str(lost))
+    return EngineFailed(f"the engine could not be started: {lost}")

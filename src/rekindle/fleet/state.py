@@ -1,0 +1,33 @@
+"""The states of a replica and the ways between them."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from rekindle.errors import InternalError
+
+
+class ReplicaState(Enum):
+    """STARTING until the first engine is ready and RESTARTING while a later one is not: requests are taken and wait.
+    DRAINING finishes open requests, with another engine if it must, and takes none. STOPPED is final."""
+
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+_NEXT_STATES = {
+    ReplicaState.STARTING: {ReplicaState.READY, ReplicaState.DRAINING, ReplicaState.STOPPED},
+    ReplicaState.READY: {ReplicaState.RESTARTING, ReplicaState.DRAINING, ReplicaState.STOPPED},
+    ReplicaState.RESTARTING: {ReplicaState.READY, ReplicaState.DRAINING, ReplicaState.STOPPED},
+    ReplicaState.DRAINING: {ReplicaState.STOPPED},
+    ReplicaState.STOPPED: set(),
+}
+
+
+def check_transition(present: ReplicaState, following: ReplicaState) -> None:
+    """Raise InternalError if no replica goes from the one state to the other."""
+    if following not in _NEXT_STATES[present]:
+        raise InternalError(f"a replica that is {present.value} cannot become {following.value}")
