@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 
+from rekindle.engine import adapters
+from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.identity import AdapterDigest
 from rekindle.store.adapter_import import import_adapter
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
-from support.engines import LocalEngine, greedy
+from support.engines import LocalEngine, Output, greedy
 from support.oracle import oracle_greedy, oracle_prompt_logprobs, random_prompts
 from support.tiny import make_adapter, make_model
 
@@ -38,12 +40,18 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
+def import_adapter_again(served: "Served", name: str) -> AdapterManifest:
+    """The manifest of an adapter of `served`; its files are there already."""
+    directory = served.adapter_dirs[name]
+    return import_adapter(directory.parent.parent.parent / name, served.manifest, served.model_dir, served.home)
+
+
 class Served:
     """One tiny base with every adapter of `ADAPTERS`, and PEFT's own model for each."""
 
     def __init__(self, directory: Path) -> None:
         self.base = make_model("llama", directory / "source")
-        home = Home(directory / "home")
+        self.home = home = Home(directory / "home")
         self.manifest = import_model(directory / "source", home)
         self.model_dir = home.model_directory(self.manifest.digest)
         self.engine = LocalEngine(self.model_dir, self.manifest)
@@ -102,3 +110,51 @@ def test_prefixes_are_not_shared_between_adapters(served: Served) -> None:
         oracle = served.oracles[name] if name else served.base
         assert output.token_ids == oracle_greedy(oracle, prompt, 4)
         assert output.cached_tokens == (96 if i == 3 else 0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["attention", "head", "embedding", "saved-head", "saved-embedding"])
+def test_deterministic_text_of_an_adapter_does_not_depend_on_the_batch(served: Served, name: str, dtype: str) -> None:
+    def run(count: int) -> Output:
+        engine = LocalEngine(served.model_dir, served.manifest, dtype=dtype, deterministic=True)
+        manifest = import_adapter_again(served, name)
+        digest = engine.add_adapter(served.adapter_dirs[name], manifest)
+        prompts = [random_prompts(seed)[2] for seed in range(count)]
+        requests = [greedy(f"r{i}", prompt, 8, digest, logprobs=2) for i, prompt in enumerate(prompts)]
+        output = engine.run(requests)["r0"]
+        engine.close()
+        return output
+
+    alone, together = run(1), run(6)
+    assert alone.token_ids == together.token_ids
+    assert alone.logprobs == together.logprobs
+
+
+def test_a_file_in_another_dtype_is_converted_piece_by_piece(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = random_prompts()[2]
+
+    def run(piece: int) -> Output:
+        monkeypatch.setattr(adapters, "_STAGED_ELEMENTS", piece)
+        engine = LocalEngine(served.model_dir, served.manifest, dtype="bfloat16")
+        digest = engine.add_adapter(served.adapter_dirs["patterns"], import_adapter_again(served, "patterns"))
+        output = engine.run([greedy("r", prompt, 8, digest, logprobs=3)])["r"]
+        engine.close()
+        return output
+
+    assert run(1000) == run(1 << 20)
+
+
+def test_a_load_that_fails_for_whatever_reason_ends_its_requests_and_no_others(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = LocalEngine(served.model_dir, served.manifest)
+    digest = engine.add_adapter(served.adapter_dirs["regex"], import_adapter_again(served, "regex"))
+    prompt = random_prompts()[1]
+    with monkeypatch.context() as patched:
+        patched.setattr(adapters, "data_section", lambda path: 1 / 0)
+        outputs = engine.run([greedy("bad", prompt, 4, digest), greedy("good", prompt, 4)])
+    assert "could not be loaded: division by zero" in (outputs["bad"].error or "")
+    assert outputs["good"].token_ids == oracle_greedy(served.base, prompt, 4)
+    again = engine.run([greedy("again", prompt, 4, digest)])["again"]
+    assert again.token_ids == oracle_greedy(served.oracles["regex"], prompt, 4)
+    engine.close()

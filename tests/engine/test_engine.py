@@ -34,13 +34,16 @@ def engine_of(tiny: tuple[Any, Path, ModelManifest], **changes: object) -> Local
     return LocalEngine(tiny[1], tiny[2], **changes)
 
 
-def test_a_failing_sequence_ends_alone(tiny: tuple[Any, Path, ModelManifest], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", [RuntimeError("out of memory"), IndexError("index out of memory bounds")])
+def test_a_failing_sequence_ends_alone(
+    tiny: tuple[Any, Path, ModelManifest], monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
     poison = VOCABULARY - 1
     forward = Decoder.forward
 
     def failing(self: Decoder, embedded: torch.Tensor, batch: Any, pool: Any) -> torch.Tensor:
         if bool((batch.token_ids_T == poison).any()):
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp] out of memory")
+            raise fault
         return forward(self, embedded, batch, pool)
 
     monkeypatch.setattr(Decoder, "forward", failing)
@@ -86,6 +89,14 @@ def test_seeded_text_is_the_same_after_preemption_and_resumption(tiny: tuple[Any
     engine.outputs["resumed"] = Output(token_ids=whole.token_ids[:10])
     engine.engine.submit(resumed)
     assert engine.run()["resumed"].token_ids == whole.token_ids
+    engine.close()
+
+
+def test_biases_outside_the_vocabulary_are_refused_with_the_number(tiny: tuple[Any, Path, ModelManifest]) -> None:
+    engine = engine_of(tiny)
+    with pytest.raises(InvalidRequest, match=str(VOCABULARY)) as met:
+        engine.engine.submit(greedy("bad", [3], 2, logit_bias=((VOCABULARY, 1.0),)))
+    assert met.value.field == "logit_bias"
     engine.close()
 
 

@@ -1,13 +1,16 @@
 """The page pool's memory and its mappings."""
 
+import errno
 import mmap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rekindle.engine import memory
 from rekindle.engine.kernels.interface import AttentionShape
 from rekindle.engine.memory import PagePool, page_bytes_for
 from rekindle.errors import ConfigurationError
@@ -65,4 +68,26 @@ def test_untouched_pages_take_no_memory() -> None:
     before = shared_kib()
     pool = PagePool(1 << 18, 4096)
     assert shared_kib() - before < 1024
+    pool.close()
+
+
+def test_a_mapping_that_fails_half_way_leaves_nothing_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    def num_mappings() -> int:
+        return Path("/proc/self/maps").read_text().count("rekindle-pages")
+
+    pool = PagePool(16, 4096)
+    before = num_mappings()
+    map_piece, num_calls = memory._mmap, 0
+
+    def limited(*arguments: Any) -> int:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 4:
+            raise OSError(errno.ENOMEM, "too many mappings")
+        return map_piece(*arguments)
+
+    monkeypatch.setattr(memory, "_mmap", limited)
+    with pytest.raises(OSError, match="too many"):
+        pool.map_pages([0, 2, 4, 6])
+    assert num_mappings() == before
     pool.close()

@@ -16,7 +16,7 @@ from rekindle.engine.kernels.interface import (
     LoraBatch,
     LoraGroup,
 )
-from rekindle.engine.kernels.linear import pack_linear
+from rekindle.engine.kernels.linear import FAST
 from rekindle.engine.kernels.native_kernels import NativeKernels, supported_libraries
 from rekindle.engine.kernels.reference import ReferenceKernels
 
@@ -31,7 +31,7 @@ if not LIBRARIES:
 
 @pytest.fixture(params=LIBRARIES, ids=lambda library: library.variant)
 def kernels(request: pytest.FixtureRequest) -> NativeKernels:
-    return NativeKernels(request.param, pack_linear)
+    return NativeKernels(request.param, FAST)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:

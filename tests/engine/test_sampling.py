@@ -50,11 +50,34 @@ def test_temperature_sharpens_the_distribution() -> None:
         ({"min_p": 0.5}, {0, 1}),
         ({"top_k": 3, "top_p": 0.6}, {0, 1}),
         ({"top_k": 2, "min_p": 0.7}, {0}),
+        ({"min_p": 0.5, "top_p": 0.6}, {0}),
+        ({"min_p": 0.2, "top_p": 0.9}, {0, 1, 2}),
     ],
 )
 def test_filters_keep_exactly_the_tokens_they_should(filters: dict[str, float], kept: set[int]) -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     assert set(draw(logits, 400, **filters)) == kept
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-38, 1e-46, 1e-320])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 2}])
+def test_a_temperature_near_zero_is_greedy(temperature: float, filters: dict[str, float]) -> None:
+    logits = torch.tensor([1.0, 9.0, 3.0, 2.0])
+    assert set(draw(logits, 20, temperature=temperature, **filters)) == {1}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_that_leaves_no_token_to_choose_ends_with_an_error(temperature: float) -> None:
+    everything = params(temperature=temperature, min_tokens=2, stop_token_ids=(0, 1, 2, 3, 9))
+    stuck, free = sample(torch.zeros(2, 4), [SampleRow(everything, (), ()), SampleRow(params(), (), ())])
+    assert "no token" in (stuck.error or "")
+    assert free.error is None
+
+
+def test_a_bias_comes_before_the_repetition_penalty() -> None:
+    logits = torch.tensor([[-1.0, 3.5, 0.0]])
+    row = SampleRow(params(temperature=0.0, logit_bias=((0, 9.0),), repetition_penalty=2.0), prompt=(0,), generated=())
+    assert sample(logits, [row])[0].token_id == 0
 
 
 @pytest.mark.parametrize("filters", [{"top_p": 0.999}, {"min_p": 1e-9}, {"top_k": 3000, "top_p": 0.9999}])
@@ -134,8 +157,8 @@ def test_zero_top_logprobs_give_the_chosen_token_alone() -> None:
 def test_output_that_is_not_finite_is_marked_and_spares_other_rows(value: float, temperature: float) -> None:
     logits = torch.tensor([[0.0, value, 1.0], [0.0, 2.0, 1.0]])
     bad, good = sample(logits, [SampleRow(params(temperature=temperature), (), ())] * 2)
-    assert not bad.is_finite
-    assert good.is_finite
+    assert bad.error is not None
+    assert good.error is None
 
 
 def test_sampling_leaves_the_logits_unchanged() -> None:
@@ -180,6 +203,7 @@ def test_filters_agree_with_a_direct_computation(data: st.DataObject) -> None:
         ("top_k", -1),
         ("presence_penalty", 2.1),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-40),
         ("max_tokens", -1),
         ("min_tokens", 11),
         ("logprobs", 21),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 VOCABULARY = 211
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
     "intermediate_size": 96,
@@ -62,7 +62,7 @@ def make_model(name: str, directory: Path, dtype: torch.dtype = torch.float32) -
     import transformers
 
     class_name, changes = CONFIGS[name]
-    config = getattr(transformers, class_name)(**{**_SIZES, **changes})
+    config = getattr(transformers, class_name)(**{**SIZES, **changes})
     torch.manual_seed(len(name))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
     with torch.no_grad():

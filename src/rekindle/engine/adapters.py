@@ -7,6 +7,7 @@ when an adapter is evicted, and never while a step uses it.
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import struct
@@ -20,10 +21,15 @@ import torch
 from rekindle.engine.kernels.interface import LORA_FIELDS, PROJECTIONS
 from rekindle.engine.memory import MappedPages, PagePool
 from rekindle.engine.scheduler.plan import AdapterLoad
-from rekindle.errors import AdapterRejected, RekindleError
+from rekindle.errors import AdapterRejected
 from rekindle.protocol.adapters import AdapterManifest, LoraBinding
 from rekindle.protocol.identity import AdapterDigest
 from rekindle.store.safetensors_file import data_section
+
+_logger = logging.getLogger(__name__)
+
+_STAGED_ELEMENTS = 1 << 20
+"""How much of a file in another dtype is held beside the pool while it is converted."""
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -54,7 +60,7 @@ class LoadOutcome:
     """A finished load; `error` is None if the adapter is ready."""
 
     digest: AdapterDigest
-    error: str | None
+    error: str | None = None
 
 
 class AdapterMemory:
@@ -64,7 +70,7 @@ class AdapterMemory:
         self._pool, self._num_layers, self._dtype, self._wake = pool, num_layers, dtype, wake
         self._paths: dict[AdapterDigest, Path] = {}
         self._resident: dict[AdapterDigest, ResidentAdapter] = {}
-        self._requests: queue.SimpleQueue[tuple[AdapterManifest, Path, MappedPages] | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[tuple[AdapterLoad, Path] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[tuple[LoadOutcome, ResidentAdapter | None]] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read_loop, name="adapter-reader", daemon=True)
         self._reader.start()
@@ -75,8 +81,7 @@ class AdapterMemory:
 
     def start_load(self, load: AdapterLoad) -> None:
         """Begin filling the pages of one adapter."""
-        pages = self._pool.map_pages(load.pages)
-        self._requests.put((load.manifest, self._paths[load.manifest.digest], pages))
+        self._requests.put((load, self._paths[load.manifest.digest]))
 
     @property
     def has_finished(self) -> bool:
@@ -115,26 +120,43 @@ class AdapterMemory:
 
     def _read_loop(self) -> None:
         while (request := self._requests.get()) is not None:
-            manifest, path, pages = request
-            adapter, error = None, None
-            try:
-                adapter = self._read(manifest, path, pages)
-            except (OSError, RekindleError) as failure:
-                pages.close()
-                error = f"adapter {manifest.digest[:12]} could not be loaded: {failure}"
-            self._outcomes.put((LoadOutcome(manifest.digest, error), adapter))
+            load, path = request
+            self._outcomes.put(self._load(load, path))
             self._wake()
 
-    def _read(self, manifest: AdapterManifest, path: Path, pages: MappedPages) -> ResidentAdapter:
-        stored = _DTYPES[manifest.dtype]
-        if stored == self._dtype:
-            _read_exactly(path, memoryview(pages.buffer).cast("B")[: manifest.num_elements * stored.itemsize])
-        else:
-            staged = bytearray(manifest.num_elements * stored.itemsize)
-            _read_exactly(path, memoryview(staged))
-            target = pages.tensor(self._dtype, manifest.num_elements, 0)
-            target.copy_(torch.frombuffer(staged, dtype=stored))
-        return self._resident_view(manifest, pages)
+    def _load(self, load: AdapterLoad, path: Path) -> tuple[LoadOutcome, ResidentAdapter | None]:
+        """Whatever goes wrong is the fate of this load, and the reader goes on, hence the broad handlers."""
+        digest = load.manifest.digest
+        try:
+            pages = self._pool.map_pages(load.pages)
+            try:
+                self._read(load.manifest, path, pages)
+                return LoadOutcome(digest), self._resident_view(load.manifest, pages)
+            except BaseException:
+                pages.close()
+                raise
+        except Exception as failure:
+            _logger.exception("adapter %s could not be loaded", digest)
+            return LoadOutcome(digest, f"adapter {digest[:12]} could not be loaded: {failure}"), None
+
+    def _read(self, manifest: AdapterManifest, path: Path, pages: MappedPages) -> None:
+        stored, num_elements = _DTYPES[manifest.dtype], manifest.num_elements
+        section = data_section(path)
+        if section.num_bytes < num_elements * stored.itemsize:
+            raise AdapterRejected(
+                f"{path.name} holds {section.num_bytes} bytes of tensors, {num_elements * stored.itemsize} expected"
+            )
+        with path.open("rb", buffering=0) as file:
+            if stored == self._dtype:
+                target = memoryview(pages.buffer).cast("B")[: num_elements * stored.itemsize]
+                _read_exactly(file.fileno(), target, section.offset)
+                return
+            staged = bytearray(_STAGED_ELEMENTS * stored.itemsize)
+            for start in range(0, num_elements, _STAGED_ELEMENTS):
+                count = min(_STAGED_ELEMENTS, num_elements - start)
+                piece = memoryview(staged)[: count * stored.itemsize]
+                _read_exactly(file.fileno(), piece, section.offset + start * stored.itemsize)
+                pages.tensor(self._dtype, count, start).copy_(torch.frombuffer(piece, dtype=stored))
 
     def _resident_view(self, manifest: AdapterManifest, pages: MappedPages) -> ResidentAdapter:
         table_LPF = torch.zeros(self._num_layers + 1, len(PROJECTIONS), LORA_FIELDS, dtype=torch.int64)
@@ -171,18 +193,10 @@ class AdapterMemory:
         )
 
 
-def _read_exactly(path: Path, target: memoryview) -> None:
-    """Fill `target` with the file's data section."""
-    section = data_section(path)
-    if section.num_bytes < len(target):
-        raise AdapterRejected(f"{path.name} holds {section.num_bytes} bytes of tensors, {len(target)} expected")
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        done = 0
-        while done < len(target):
-            count = os.preadv(fd, [target[done:]], section.offset + done)
-            if count == 0:
-                raise AdapterRejected(f"{path.name} ends after {done} of {len(target)} bytes")
-            done += count
-    finally:
-        os.close(fd)
+def _read_exactly(fd: int, target: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(target):
+        count = os.preadv(fd, [target[done:]], offset + done)
+        if count == 0:
+            raise AdapterRejected(f"the adapter's file ends after {done} of {len(target)} bytes")
+        done += count

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.generation import GenerateRequest, TokenChunk
 from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.replica import EngineReady, EngineSettings, EngineStats
+from rekindle.store.model_layout import tensor_shapes
 from rekindle.units import format_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -45,10 +46,12 @@ class Engine:
         torch.set_grad_enabled(False)
         dtype = _dtype(settings)
         directory = Path(settings.model_dir)
-        arch = read_architecture(json.loads((directory / "config.json").read_text()))
-        context_tokens = min(settings.model.context_length, arch.max_positions)
-        weights = Weights(directory / "model.safetensors", dtype, arch.tensor_shapes())
-        model = Decoder(arch, weights, select_kernels(settings.deterministic), context_tokens)
+        config = json.loads((directory / "config.json").read_text())
+        arch = read_architecture(config)
+        context_tokens = settings.model.context_length
+        weights = Weights(directory / "model.safetensors", dtype, tensor_shapes(config))
+        kernels = select_kernels(set(arch.attention), deterministic=settings.deterministic)
+        model = Decoder(arch, weights, kernels, context_tokens)
         weights.release_pages()
         loaded_s = clock.monotonic_s()
 
@@ -106,13 +109,8 @@ class Engine:
             NotFound: its adapter is unknown.
             Overloaded: the queue is full.
         """
-        highest = max(request.prompt_token_ids, default=0)
-        lowest = min(request.prompt_token_ids, default=0)
-        if highest >= self._vocab_size or lowest < 0:
-            bad = highest if highest >= self._vocab_size else lowest
-            raise InvalidRequest(
-                f"token id {bad} is outside the vocabulary of {self._vocab_size} tokens", field="prompt"
-            )
+        self._check_vocabulary(request.prompt_token_ids, "prompt")
+        self._check_vocabulary([token_id for token_id, _ in request.sampling.logit_bias], "logit_bias")
         self._answers += self._scheduler.submit(request, self._clock.monotonic_s())
 
     def abort(self, request_id: RequestId) -> None:
@@ -139,6 +137,12 @@ class Engine:
     def stats(self) -> EngineStats:
         """Load and memory as of now."""
         return self._scheduler.stats()
+
+    def _check_vocabulary(self, token_ids: Sequence[int], field: str) -> None:
+        highest, lowest = max(token_ids, default=0), min(token_ids, default=0)
+        if highest >= self._vocab_size or lowest < 0:
+            bad = highest if highest >= self._vocab_size else lowest
+            raise InvalidRequest(f"token id {bad} is outside the vocabulary of {self._vocab_size} tokens", field=field)
 
     def close(self) -> None:
         """Release threads and memory."""

@@ -69,16 +69,24 @@ class PagePool:
 
 
 class MappedPages:
-    """Scattered pages mapped side by side. `address` and `buffer` are valid until `close`."""
+    """Scattered pages mapped side by side. `address` and `buffer` are valid until `close`.
+
+    Raises:
+        OSError: the kernel allows no more mappings (`vm.max_map_count`); each run of adjacent pages is one.
+    """
 
     def __init__(self, fd: int, pages: Sequence[int], page_bytes: int) -> None:
         self.num_bytes = len(pages) * page_bytes
         anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self.address = _mmap(None, self.num_bytes, 0, anonymous, -1, 0)
-        for index, (first, count) in _runs(pages):
-            place = self.address + index * page_bytes
-            protection = mmap.PROT_READ | mmap.PROT_WRITE
-            _mmap(place, count * page_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, first * page_bytes)
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        try:
+            for index, (first, count) in _runs(pages):
+                place = self.address + index * page_bytes
+                _mmap(place, count * page_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, first * page_bytes)
+        except OSError:
+            self.close()
+            raise
         self.buffer = (ctypes.c_char * self.num_bytes).from_address(self.address)
 
     def tensor(self, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:

@@ -35,10 +35,11 @@ class Runner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute every planned sequence. Never raises for what one sequence did; see `SequenceResult.error`."""
+        """Compute every planned sequence. Never raises for what one sequence did, hence the broad handlers; see
+        `SequenceResult.error`."""
         try:
             results = self._run(plan.sequences)
-        except (RuntimeError, MemoryError):
+        except Exception:
             _logger.exception("step %d failed; running its sequences one by one", plan.step)
             results = [self._run_alone(planned) for planned in plan.sequences]
         self._latest_samples = {
@@ -51,7 +52,8 @@ class Runner:
     def _run_alone(self, planned: PlannedSequence) -> SequenceResult:
         try:
             return self._run([planned])[0]
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
+            _logger.exception("request %s failed alone", planned.request.request_id)
             return SequenceResult(error=f"the engine could not compute this request: {error}")
 
     def _run(self, sequences: Sequence[PlannedSequence]) -> list[SequenceResult]:
@@ -72,7 +74,7 @@ class Runner:
             if rows.adapter.replaced_embedding_VH is not None:
                 embedded_TH[part] = rows.adapter.replaced_embedding_VH[token_ids_T[part]]
             if (update := rows.adapter.embedding) is not None:
-                delta = update.a_VR[token_ids_T[part]].float() @ update.b_HR.float().T * update.scale
+                delta = self._model.low_rank(update.a_VR[token_ids_T[part]], update.b_HR, update.scale)
                 embedded_TH[part] = (embedded_TH[part].float() + delta).to(embedded_TH.dtype)
         return embedded_TH
 
@@ -129,8 +131,8 @@ def _changes_head(adapter: ResidentAdapter) -> bool:
 def _result(
     planned: PlannedSequence, sampled: Sampled | None, prompt_logprobs: tuple[TokenLogprobs, ...]
 ) -> SequenceResult:
-    if sampled is not None and not sampled.is_finite:
-        return SequenceResult(error="the model's output is not finite for this request")
+    if sampled is not None and sampled.error is not None:
+        return SequenceResult(error=sampled.error)
     return SequenceResult(
         token_ids=(sampled.token_id,) if sampled else (),
         num_accepted=planned.num_positions,

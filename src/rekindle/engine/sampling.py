@@ -20,6 +20,9 @@ from rekindle.protocol.sampling import SamplingParams
 _CANDIDATES = 1024
 """How many of the most likely tokens are sorted before a full sort is tried: top_p rarely needs more."""
 
+_LEAST_TEMPERATURE = 1e-5
+"""Below this a draw is the argmax, as in vLLM; dividing by less would overflow."""
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
@@ -32,14 +35,16 @@ class SampleRow:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """The chosen token, and its log-probability with alternatives if they were asked for.
-
-    `is_finite` is False if the model's output for this row holds NaN or infinity: the token means nothing then.
-    """
+    """The chosen token, and its log-probability with alternatives if they were asked for; or, with `error`, why none
+    could be chosen."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
-    is_finite: bool = True
+    error: str | None = None
+
+
+_NOT_FINITE = Sampled(0, error="the model's output is not finite for this request")
+_NOTHING_LEFT = Sampled(0, error="logit_bias, penalties and forbidden stop tokens leave no token to choose")
 
 
 def sample(logits_RV: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
@@ -48,11 +53,8 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
     token_ids = best_R.indices.tolist()
     finite = best_R.values.isfinite().tolist()
     if all(_is_plain_greedy(row) for row in rows):
-        return [Sampled(token_id, None, ok) for token_id, ok in zip(token_ids, finite, strict=True)]
-    return [
-        _choose(logits_RV[r], row, token_ids[r]) if finite[r] else Sampled(token_ids[r], None, is_finite=False)
-        for r, row in enumerate(rows)
-    ]
+        return [Sampled(token_id) if ok else _NOT_FINITE for token_id, ok in zip(token_ids, finite, strict=True)]
+    return [_choose(logits_RV[r], row, token_ids[r]) if finite[r] else _NOT_FINITE for r, row in enumerate(rows)]
 
 
 def logprobs_of(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
@@ -76,30 +78,39 @@ def uniform(seed: int, position: int) -> float:
 
 def _is_plain_greedy(row: SampleRow) -> bool:
     params = row.params
-    return params.temperature == 0 and params.logprobs is None and not params.changes_logits and not _forbids_stop(row)
+    return _is_greedy(params) and params.logprobs is None and not params.changes_logits and not _forbids_stop(row)
+
+
+def _is_greedy(params: SamplingParams) -> bool:
+    return params.temperature < _LEAST_TEMPERATURE
 
 
 def _choose(logits_V: torch.Tensor, row: SampleRow, likeliest: int) -> Sampled:
     """One row; `likeliest` is the argmax of its unchanged logits."""
     params = row.params
     adjusted_V = _adjusted(logits_V, row)
-    if params.temperature > 0:
-        token_id = _draw(adjusted_V, row)
-    else:
-        token_id = likeliest if adjusted_V is logits_V else int(adjusted_V.argmax())
+    if adjusted_V is not logits_V:
+        likeliest = int(adjusted_V.argmax())
+        if not adjusted_V[likeliest].isfinite():
+            return _NOTHING_LEFT
+    token_id = likeliest if _is_greedy(params) else _draw(adjusted_V, row)
     if params.logprobs is None:
         return Sampled(token_id)
     return Sampled(token_id, logprobs_of(logits_V.unsqueeze(0), [token_id], params.logprobs)[0])
 
 
 def _adjusted(logits_V: torch.Tensor, row: SampleRow) -> torch.Tensor:
-    """Logits after biases, penalties and the ban on early stops; the same tensor if there are none."""
+    """Logits after biases, penalties and the ban on early stops, in vLLM's order; the same tensor if there are none."""
     if not (row.params.changes_logits or _forbids_stop(row)):
         return logits_V
     adjusted_V = logits_V.clone()
+    if row.params.logit_bias:
+        token_ids, biases = zip(*row.params.logit_bias, strict=True)
+        adjusted_V[torch.tensor(token_ids)] += torch.tensor(biases)
     _apply_penalties(adjusted_V, row)
     if _forbids_stop(row):
-        adjusted_V[list(row.params.stop_token_ids)] = -torch.inf
+        stops = torch.tensor(row.params.stop_token_ids)
+        adjusted_V[stops[stops < len(adjusted_V)]] = -torch.inf
     return adjusted_V
 
 
@@ -117,14 +128,12 @@ def _apply_penalties(logits_V: torch.Tensor, row: SampleRow) -> None:
     if row.generated and (params.presence_penalty or params.frequency_penalty):
         used, counts = torch.unique(torch.tensor(list(row.generated), dtype=torch.int64), return_counts=True)
         logits_V[used] -= params.presence_penalty + params.frequency_penalty * counts
-    for token_id, bias in params.logit_bias:
-        logits_V[token_id] += bias
 
 
 def _draw(logits_V: torch.Tensor, row: SampleRow) -> int:
-    """Inverse-CDF draw after temperature, then top_k, top_p and min_p in that order (as in transformers)."""
+    """Inverse-CDF draw after temperature, then min_p, top_k and top_p in vLLM's order."""
     params = row.params
-    probabilities_V = (logits_V / params.temperature).softmax(-1)
+    probabilities_V = ((logits_V - logits_V.max()) / params.temperature).softmax(-1)
     if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
         return _inverse_cdf(probabilities_V, row)
     values, token_ids = _truncated(probabilities_V, params)
@@ -135,23 +144,23 @@ def _truncated(probabilities_V: torch.Tensor, params: SamplingParams) -> tuple[t
     """The kept tokens' probabilities (not renormalised), most likely first, and their ids."""
     vocabulary = len(probabilities_V)
     values, token_ids = probabilities_V.topk(min(params.top_k or _CANDIDATES, vocabulary))
-    if params.top_k:
-        values = values / values.sum()
-    elif not _covers(values, params):
+    if not params.top_k and not _covers(values, params):
         values, token_ids = probabilities_V.topk(vocabulary)
-    if params.top_p < 1.0:
-        mass_before = values.double().cumsum(0) - values
-        values = values[mass_before < params.top_p]
     if params.min_p > 0.0:
         values = values[values >= params.min_p * values[0]]
+    if params.top_p < 1.0:
+        # top_p is a share of what min_p and top_k have left, which without them is everything.
+        mass = float(values.sum(dtype=torch.float64)) if params.top_k or params.min_p else 1.0
+        mass_before = values.double().cumsum(0) - values
+        values = values[mass_before < params.top_p * mass]
     return values, token_ids[: len(values)]
 
 
 def _covers(values: torch.Tensor, params: SamplingParams) -> bool:
-    """Whether the most likely tokens, given in falling order, hold all that top_p or min_p would keep."""
-    by_top_p = params.top_p < 1.0 and float(values.sum(dtype=torch.float64)) >= params.top_p
-    by_min_p = bool(values[-1] < params.min_p * values[0])
-    return by_top_p or by_min_p
+    """Whether the most likely tokens, given in falling order, hold all that min_p, or else top_p, would keep."""
+    if params.min_p > 0.0:
+        return bool(values[-1] < params.min_p * values[0])
+    return float(values.sum(dtype=torch.float64)) >= params.top_p
 
 
 def _inverse_cdf(probabilities: torch.Tensor, row: SampleRow) -> int:

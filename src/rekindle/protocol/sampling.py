@@ -10,6 +10,7 @@ from rekindle.errors import InvalidRequest
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
 MAX_PENALTY = 2.0
+MIN_REPETITION_PENALTY = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class SamplingParams:
         _check("top_k", self.top_k, 0, math.inf)
         _check("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _check("min_p", self.min_p, 0.0, 1.0)
-        _check("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _check("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, 100.0)
         _check("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
         _check("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
         for token_id, bias in self.logit_bias:

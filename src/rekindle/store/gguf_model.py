@@ -19,7 +19,8 @@ from rekindle.errors import ModelRejected
 from rekindle.store.gguf_config import config_from_gguf
 from rekindle.store.gguf_file import GgufFile, GgufTensor, open_gguf
 from rekindle.store.gguf_tokenizer import tokenizer_files
-from rekindle.store.model_layout import resolve_config, tensor_shapes
+from rekindle.store.model_config import resolve_config
+from rekindle.store.model_layout import tensor_shapes
 from rekindle.store.model_source import NUMPY_DTYPES, PIECE_ELEMENTS, ModelSource, Piece, SourceTensor, common_dtype
 from rekindle.store.wording import listed
 
@@ -40,8 +41,8 @@ def read_gguf(path: Path) -> ModelSource:
         ModelRejected: the file is damaged, or its architecture, tokenizer or quantisation is not supported.
     """
     file = open_gguf(path)
-    if int(file.metadata.get("split.count", 0)) > 1:
-        raise ModelRejected(f"{path.name} is one of {file.metadata['split.count']} parts; merge them with gguf-split")
+    if (num_parts := file.metadata.get("split.count", 0)) not in (0, 1):
+        raise ModelRejected(f"{path.name} is one of {str(num_parts)[:80]} parts; merge them with gguf-split")
     if unsupported := sorted({t.kind.name for t in file.tensors.values() if t.kind not in (*_PLAIN, *_QUANTISED)}):
         supported = [kind.name for kind in (*_PLAIN, *_QUANTISED)]
         raise ModelRejected(

@@ -23,7 +23,8 @@ from rekindle.protocol.identity import ModelDigest
 from rekindle.protocol.models import ModelManifest
 from rekindle.store.home import Home
 from rekindle.store.huggingface import read_huggingface
-from rekindle.store.model_layout import context_length, modules, resolve_config, tensor_shapes
+from rekindle.store.model_config import resolve_config
+from rekindle.store.model_layout import context_length, modules, tensor_shapes
 from rekindle.store.model_source import NUMPY_DTYPES, ModelSource, SourceTensor, converted
 from rekindle.store.safetensors_file import Bytes, TensorStream, write_tensors
 from rekindle.store.wording import listed

@@ -101,6 +101,10 @@ class Kernels(Protocol):
         """Prepare a weight for repeated use. The packed form owns its memory or shares the weight's."""
         ...
 
+    def multiply(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+        """x W^T for a weight as it is stored, such as one that lies in an adapter's pages."""
+        ...
+
     def rms_norm(
         self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, dtype: torch.dtype | None = None
     ) -> torch.Tensor:

@@ -6,6 +6,9 @@ reordered copy replaces the stored weight, whose mapped pages are then released.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
@@ -54,13 +57,30 @@ class TiledLinear:
         return torch.cat([self._inner(tile) for tile in torch.split(padded_TK, _TILE_ROWS)])[:num_rows]
 
 
-def pack_linear(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
+def _pack(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
     """The fastest linear layer torch has for this weight on this CPU."""
     if weight_NK.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return OneDnnLinear(weight_NK, bias_N)
     return PlainLinear(weight_NK, bias_N)
 
 
-def pack_tiled_linear(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
-    """As `pack_linear`, with results that do not depend on the batch."""
-    return TiledLinear(pack_linear(weight_NK, bias_N))
+def _pack_tiled(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
+    return TiledLinear(_pack(weight_NK, bias_N))
+
+
+def _multiply_tiled(x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+    return TiledLinear(PlainLinear(weight_NK, None))(x_TK)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearOps:
+    """Matrix products: `pack` prepares a weight for repeated use; `multiply` gives x W^T for one as it is stored."""
+
+    pack: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear]
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+PLAIN = LinearOps(PlainLinear, F.linear)
+FAST = LinearOps(_pack, F.linear)
+BATCH_INVARIANT = LinearOps(_pack_tiled, _multiply_tiled)
+"""As `FAST`, with results that do not depend on the batch."""

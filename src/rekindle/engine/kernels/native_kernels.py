@@ -11,7 +11,7 @@ its context was split into steps. Different instruction sets may round different
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -27,9 +27,8 @@ from rekindle.engine.kernels.interface import (
     LoraGroup,
     PackedLinear,
 )
-from rekindle.errors import ConfigurationError
-
-LinearFactory = Callable[[torch.Tensor, torch.Tensor | None], PackedLinear]
+from rekindle.engine.kernels.linear import LinearOps
+from rekindle.errors import InternalError
 
 VARIANTS = ("avx512bf16", "avx512", "avx2", "baseline")
 """Instruction sets a library may have been compiled for, best first."""
@@ -116,11 +115,8 @@ def _bind_attention_batch(batch: AttentionBatch) -> _Bound:
 
 
 def _bind_shape(shape: AttentionShape) -> _Bound:
-    if shape.head_dim % _HEAD_DIM_MULTIPLE or shape.num_heads % shape.num_kv_heads:
-        raise ConfigurationError(
-            f"native attention needs a head size that is a multiple of {_HEAD_DIM_MULTIPLE} and evenly shared kv heads;"
-            f" the model has {shape.num_heads} heads of {shape.head_dim} over {shape.num_kv_heads} kv heads"
-        )
+    if shape.head_dim % _HEAD_DIM_MULTIPLE:
+        raise InternalError(f"native attention has no head size {shape.head_dim}: use `load_native` to choose kernels")
     record = _AttentionShapeRecord(
         shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.window, shape.scale, shape.softcap
     )
@@ -224,12 +220,11 @@ class NativeLinear:
 
 
 class NativeKernels:
-    """See `Kernels` for the contract of each operation. Linear layers that have no native form come from
-    `linear_factory`."""
+    """See `Kernels` for the contract of each operation. Matrix products that have no native form come from `linear`."""
 
-    def __init__(self, library: NativeLibrary, linear_factory: LinearFactory) -> None:
+    def __init__(self, library: NativeLibrary, linear: LinearOps) -> None:
         self.library = library
-        self._linear_factory = linear_factory
+        self._linear = linear
         self._rms_norm = library.rms_norm()
         self._add_rms_norm = library.operation("add_rms_norm")
         self._gated_activation = library.operation("gated_activation")
@@ -244,7 +239,10 @@ class NativeKernels:
     def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
         if self.library.has_linear and weight_NK.dtype == torch.bfloat16:
             return NativeLinear(self.library, weight_NK, bias_N)
-        return self._linear_factory(weight_NK, bias_N)
+        return self._linear.pack(weight_NK, bias_N)
+
+    def multiply(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+        return self._linear.multiply(x_TK, weight_NK)
 
     def rms_norm(
         self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, dtype: torch.dtype | None = None
@@ -394,10 +392,13 @@ def supported_libraries() -> list[NativeLibrary]:
     return found
 
 
-def load_native(linear_factory: LinearFactory) -> NativeKernels | None:
-    """The native kernels for this CPU, or None where no library was built or torch's OpenMP runtime is not found."""
+def load_native(linear: LinearOps, shapes: Iterable[AttentionShape]) -> NativeKernels | None:
+    """The native kernels for this CPU, or None where they do not serve attention of these shapes, no library was built
+    or torch's OpenMP runtime is not found."""
+    if any(shape.head_dim % _HEAD_DIM_MULTIPLE for shape in shapes):
+        return None
     libraries = supported_libraries()
-    return NativeKernels(libraries[0], linear_factory) if libraries else None
+    return NativeKernels(libraries[0], linear) if libraries else None
 
 
 def _library_path(variant: str) -> Path | None:

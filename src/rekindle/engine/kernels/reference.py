@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +16,20 @@ from rekindle.engine.kernels.interface import (
     LoraGroup,
     PackedLinear,
 )
-from rekindle.engine.kernels.linear import PlainLinear
+from rekindle.engine.kernels.linear import PLAIN, LinearOps
 
 
 class ReferenceKernels:
     """See `Kernels` for the contract of each operation."""
 
-    def __init__(self, pack_linear: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear] = PlainLinear) -> None:
-        self._pack_linear = pack_linear
+    def __init__(self, linear: LinearOps = PLAIN) -> None:
+        self._linear = linear
 
     def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
-        return self._pack_linear(weight_NK, bias_N)
+        return self._linear.pack(weight_NK, bias_N)
+
+    def multiply(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+        return self._linear.multiply(x_TK, weight_NK)
 
     def rms_norm(
         self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, dtype: torch.dtype | None = None

@@ -1,18 +1,29 @@
-"""The choice of kernels for this machine."""
+"""The choice of kernels for this machine and a model."""
 
 from __future__ import annotations
 
-from rekindle.engine.kernels.interface import Kernels
-from rekindle.engine.kernels.linear import pack_linear, pack_tiled_linear
+import logging
+from collections.abc import Collection
+
+from rekindle.engine.kernels.interface import AttentionShape, Kernels
+from rekindle.engine.kernels.linear import BATCH_INVARIANT, FAST
 from rekindle.engine.kernels.native_kernels import load_native
 from rekindle.engine.kernels.reference import ReferenceKernels
 from rekindle.engine.kernels.rowwise import RowwiseKernels
 
+_logger = logging.getLogger(__name__)
 
-def select_kernels(deterministic: bool) -> Kernels:
-    """Native kernels where they were built, plain torch otherwise; batch-invariant ones if `deterministic`."""
-    factory = pack_tiled_linear if deterministic else pack_linear
-    native = load_native(factory)
+
+def select_kernels(shapes: Collection[AttentionShape], *, deterministic: bool) -> Kernels:
+    """Native kernels where they were built and serve attention of these shapes, plain torch otherwise; batch-invariant
+    ones if `deterministic`."""
+    linear = BATCH_INVARIANT if deterministic else FAST
+    native = load_native(linear, shapes)
     if native is not None:
+        _logger.info("native kernels for %s", native.library.variant)
         return native
-    return RowwiseKernels(factory) if deterministic else ReferenceKernels(factory)
+    _logger.warning(
+        "no native kernels: everything runs in plain torch, which is much slower. Either the package was installed "
+        "without a C++ compiler, or the model's head size is not a multiple of 8"
+    )
+    return RowwiseKernels(linear) if deterministic else ReferenceKernels(linear)

@@ -71,6 +71,10 @@ class Decoder:
         """Base embeddings [T, H] of the tokens, before the family's scale."""
         return self._embed_VH[token_ids_T]
 
+    def low_rank(self, a_TR: torch.Tensor, b_HR: torch.Tensor, scale: float) -> torch.Tensor:
+        """scale * a b^T in float32: what an adapter adds to embeddings."""
+        return self._kernels.multiply(a_TR.float(), b_HR.float()) * scale
+
     def forward(self, embedded_TH: torch.Tensor, batch: ForwardBatch, pool: KVPool) -> torch.Tensor:
         """Run all layers, writing keys and values into `pool`; returns the last hidden
         states, float32 [T, H], not yet normed.
@@ -107,7 +111,7 @@ class Decoder:
     def logits_with_head(self, hidden_RH: torch.Tensor, head_VH: torch.Tensor) -> torch.Tensor:
         """As `logits`, with another matrix in place of the base's output head."""
         normed_RH = self._kernels.rms_norm(hidden_RH, self._final_norm_H, self.arch.norm_eps, self._dtype)
-        return self._cap((normed_RH @ head_VH.T).float())
+        return self._cap(self._kernels.multiply(normed_RH, head_VH).float())
 
     def _cap(self, logits_RV: torch.Tensor) -> torch.Tensor:
         cap = self.arch.logit_softcap

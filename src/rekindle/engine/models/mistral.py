@@ -1,16 +1,11 @@
-"""Mistral: Llama with a sliding window on every layer, where the configuration sets one."""
+"""Mistral: Llama with sliding windows. Qwen2 and Qwen2.5 differ only in having biases, which the weights show."""
 
-from rekindle.engine.models.architecture import Architecture, Config
-from rekindle.engine.models.common import attention_shape, dense, required, rope
+from rekindle.engine.models.architecture import Architecture
+from rekindle.engine.models.common import attention_shape, dense, rope, windows
+from rekindle.store.model_config import Config
 
 
 def architecture(config: Config) -> Architecture:
-    """Read a `MistralForCausalLM` configuration."""
-    num_layers = required(config, "num_hidden_layers")
-    return Architecture(
-        **dense(config),
-        attention=(attention_shape(config, window=int(config.get("sliding_window") or 0)),) * num_layers,
-        ropes=(rope(config),),
-        rope_of=(0,) * num_layers,
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-    )
+    """Read a `MistralForCausalLM` or `Qwen2ForCausalLM` configuration."""
+    attention = tuple(attention_shape(config, window=window) for window in windows(config))
+    return Architecture(**dense(config), attention=attention, ropes=(rope(config),), rope_of=(0,) * len(attention))

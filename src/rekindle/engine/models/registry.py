@@ -6,15 +6,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from rekindle.engine.models import gemma2, gemma3, llama, mistral, qwen2, qwen3
-from rekindle.engine.models.architecture import Architecture, Config
+from rekindle.engine.models import gemma2, gemma3, llama, mistral, qwen3
+from rekindle.engine.models.architecture import Architecture
 from rekindle.engine.weights import check_tensors
 from rekindle.errors import ModelRejected
+from rekindle.store.model_config import Config
+from rekindle.store.model_layout import tensor_shapes
 
 FAMILIES: dict[str, Callable[[Config], Architecture]] = {
     "llama": llama.architecture,
     "mistral": mistral.architecture,
-    "qwen2": qwen2.architecture,
+    "qwen2": mistral.architecture,
     "qwen3": qwen3.architecture,
     "gemma2": gemma2.architecture,
     "gemma3_text": gemma3.architecture,
@@ -31,10 +33,7 @@ def read_architecture(config: Config) -> Architecture:
 
 
 def check_model(directory: Path) -> None:
-    """See that the model in `directory` can be served: its family is known and its tensors are what the family needs.
-
-    Raises:
-        ModelRejected: it cannot; the message lists what is missing or left over.
-    """
-    architecture = read_architecture(json.loads((directory / "config.json").read_text()))
-    check_tensors(directory / "model.safetensors", architecture.tensor_shapes())
+    """See that the imported model in `directory` can be served; raises `ModelRejected` otherwise."""
+    config = json.loads((directory / "config.json").read_text())
+    read_architecture(config)
+    check_tensors(directory / "model.safetensors", tensor_shapes(config))
