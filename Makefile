@@ -4,13 +4,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH_INDEX ?=
 CACHE := .cache
 DEMO_GGUF := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 DEMO_MODEL := smollm2-135m
 DEMO_ADAPTERS := $(notdir $(wildcard demo/adapters/*))
 PACKAGE := pyproject.toml setup.py $(wildcard src/rekindle/engine/kernels/native/*.cpp src/rekindle/engine/kernels/native/*.h)
 
-.PHONY: serve test lint check demo demo-adapters bench clean
+.PHONY: help serve test lint demo demo-adapters bench clean compiler
 .DEFAULT_GOAL := help
 
 help:
@@ -19,11 +20,22 @@ help:
 	@echo "make lint           format, lint and type-check only"
 	@echo "make demo-adapters  train the demo adapters again"
 	@echo "make bench          measure an engine on this machine"
+	@echo
+	@echo "TORCH_INDEX=URL     where PyTorch is installed from. On x86_64 Linux the default, PyPI, brings CUDA libraries of"
+	@echo "                    several GiB that no CPU needs; the build without them:"
+	@echo "                    make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu"
 
-# PyTorch comes first and pinned: resolved as a plain requirement it may bring gigabytes of CUDA libraries.
-$(VENV)/torch:
+# The kernels are optional, so a missing compiler would go unnoticed; gcc alone does not compile C++.
+compiler:
+	@command -v $${CXX:-g++} >/dev/null || command -v c++ >/dev/null || { \
+		echo "make: no C++ compiler found: Rekindle will work with PyTorch's own kernels, which are slower." >&2; \
+		echo "make: to have the fast ones install g++ (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++)," >&2; \
+		echo "make: then touch setup.py and repeat this command." >&2; }
+
+# PyTorch comes first and pinned, so that nothing installed after it brings another build.
+$(VENV)/torch: | compiler
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch==2.13.0
+	$(PIP) torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	@touch $@
 
 $(VENV)/serve: $(VENV)/torch $(PACKAGE)

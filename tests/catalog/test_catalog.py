@@ -16,7 +16,6 @@ from support.adapter_files import base_manifest
 
 BASE = base_manifest("a" * 64)
 OTHER_BASE = base_manifest("c" * 64)
-AFTER_EVERYTHING_S = 1e12
 
 
 def version(digit: str, base: ModelManifest = BASE) -> AdapterManifest:
@@ -68,26 +67,28 @@ def test_repeating_an_addition_changes_nothing(catalog: Catalog, home: Home) -> 
         add_base(catalog, home)
         add_adapter(catalog, home, "poet", version("1"))
     assert len(catalog.models()) == 1
-    assert [record.version for record in catalog.versions("poet")] == [1]
+    assert catalog.adapter("poet").version == 1
 
 
-def test_registering_again_makes_a_new_version_current_and_keeps_the_old(catalog: Catalog, home: Home) -> None:
+def test_registering_again_makes_a_new_version_current(catalog: Catalog, home: Home) -> None:
     add_base(catalog, home)
     for digit in "121":
         add_adapter(catalog, home, "poet", version(digit))
     assert catalog.adapter("poet").version == 3
     assert catalog.adapter("poet").manifest == version("1")
-    assert [record.manifest for record in catalog.versions("poet")] == [version("1"), version("2"), version("1")]
 
 
-def test_superseded_versions_can_be_forgotten(catalog: Catalog, home: Home) -> None:
+def test_replaced_versions_are_deleted_and_their_numbers_not_used_again(catalog: Catalog, home: Home) -> None:
     add_base(catalog, home)
     for digit in "123":
         add_adapter(catalog, home, "poet", version(digit))
     add_adapter(catalog, home, "other", version("4"))
-    assert catalog.forget_superseded() == 2
-    assert [record.version for record in catalog.versions("poet")] == [3]
-    assert catalog.adapter("other").manifest == version("4")
+    add_adapter(catalog, home, "third", version("2"))
+    assert catalog.remove_unreferenced() == [home.adapter_directory(version("1").digest)]
+    assert catalog.adapter("poet").version == 3
+    for name, digit in (("poet", "3"), ("other", "4"), ("third", "2")):
+        assert catalog.adapter(name).manifest == version(digit)
+        assert catalog.adapter(name).path.parent.exists()
     add_adapter(catalog, home, "poet", version("1"))
     assert catalog.adapter("poet").version == 4
 
@@ -206,29 +207,30 @@ def test_a_removed_adapter_is_gone_and_its_name_free(catalog: Catalog, home: Hom
     for attempt in (catalog.remove_adapter, catalog.adapter, catalog.resolve):
         with pytest.raises(NotFound):
             attempt("poet")
-    assert catalog.versions("poet") == []
     add_base(catalog, home, "poet")
 
 
-def test_a_model_with_adapters_is_removed_only_by_force(catalog: Catalog, home: Home) -> None:
+def test_a_model_with_adapters_is_not_removed_before_them(catalog: Catalog, home: Home) -> None:
     add_base(catalog, home)
     add_adapter(catalog, home, "poet", version("1"))
     with pytest.raises(Conflict, match="poet"):
         catalog.remove_model("base")
-    catalog.remove_model("base", force=True)
+    catalog.remove_adapter("poet")
+    assert catalog.remove_model("base").manifest == BASE
     assert catalog.models() == []
-    assert catalog.adapters() == []
     with pytest.raises(NotFound):
         catalog.remove_model("base")
 
 
-def test_a_models_files_go_with_its_last_name(catalog: Catalog, home: Home) -> None:
+def test_a_models_files_go_after_its_last_name(catalog: Catalog, home: Home) -> None:
     add_base(catalog, home)
     add_base(catalog, home, "alias")
-    catalog.remove_model("base")
-    assert home.model_directory(BASE.digest).exists()
-    catalog.remove_model("alias")
-    assert not home.model_directory(BASE.digest).exists()
+    for name in ("base", "alias"):
+        assert catalog.remove_unreferenced() == []
+        catalog.remove_model(name)
+        assert home.model_directory(BASE.digest).exists()
+    assert catalog.remove_unreferenced() == [home.model_directory(BASE.digest)]
+    assert not list(home.models.iterdir())
     assert not list(home.temporary.iterdir())
 
 
@@ -241,52 +243,38 @@ def test_nothing_is_registered_without_its_files(catalog: Catalog, home: Home) -
     assert catalog.adapters() == []
 
 
-def test_files_without_a_row_are_removed_once_they_have_settled(home: Home) -> None:
-    clock = ManualClock()
-    with Catalog.open(home, clock) as catalog:
+def test_files_that_never_got_a_name_are_deleted(catalog: Catalog, home: Home) -> None:
+    add_base(catalog, home)
+    add_adapter(catalog, home, "poet", version("1"))
+    stray = [home.model_directory(OTHER_BASE.digest), home.adapter_directory(version("2").digest)]
+    for directory in stray:
+        directory.mkdir()
+        (directory / "file").write_text("content")
+    assert catalog.remove_unreferenced() == sorted(stray)
+    assert not any(directory.exists() for directory in stray)
+    assert catalog.adapter("poet").path.parent.exists()
+    assert home.model_directory(BASE.digest).exists()
+
+
+def test_nothing_is_deleted_from_under_a_server_that_still_runs_a_replaced_version(home: Home) -> None:
+    with Catalog.open(home) as catalog:
         add_base(catalog, home)
         add_adapter(catalog, home, "poet", version("1"))
-        stray = [home.model_directory(OTHER_BASE.digest), home.adapter_directory(version("2").digest)]
-        for directory in stray:
-            directory.mkdir()
-            (directory / "file").write_text("content")
-        clock.advance(max(directory.stat().st_mtime for directory in stray) + 10)
-        assert catalog.unreferenced() == []
-        assert catalog.remove_unreferenced() == []
-        clock.advance(7200)
-        assert catalog.unreferenced() == sorted(stray)
-        assert catalog.remove_unreferenced(keep=[version("2").digest]) == stray[:1]
-        assert catalog.remove_unreferenced() == stray[1:]
-        assert catalog.adapter("poet").path.parent.exists()
-        assert home.model_directory(BASE.digest).exists()
-
-
-def test_files_of_old_versions_stay_until_the_versions_are_forgotten(home: Home) -> None:
-    with Catalog.open(home, ManualClock(AFTER_EVERYTHING_S)) as catalog:
-        add_base(catalog, home)
-        for digit in "12":
-            add_adapter(catalog, home, "poet", version(digit))
-        assert catalog.remove_unreferenced() == []
-        catalog.forget_superseded()
-        assert catalog.remove_unreferenced() == [home.adapter_directory(version("1").digest)]
-
-
-def test_the_generation_rises_with_every_change_and_only_then(catalog: Catalog, home: Home) -> None:
-    with Catalog.open(home) as other:
-        seen = [other.generation()]
-        for change in (
-            lambda: add_base(catalog, home),
-            lambda: add_adapter(catalog, home, "poet", version("1")),
-            lambda: add_adapter(catalog, home, "poet", version("2")),
-            lambda: catalog.remove_adapter("poet"),
-            lambda: catalog.remove_model("base"),
-        ):
-            change()
-            seen.append(other.generation())
-        catalog.models(), catalog.adapters(), catalog.unreferenced()
-        with pytest.raises(NotFound):
-            catalog.resolve("poet")
-        with pytest.raises(NotFound):
+        replaced, removed = (home.adapter_directory(version(digit).digest) for digit in "12")
+        with home.using():
+            add_adapter(catalog, home, "poet", version("2"))
             catalog.remove_adapter("poet")
-        assert seen == sorted(set(seen))
-        assert other.generation() == seen[-1]
+            with Catalog.open(Home(home.root)) as other:
+                assert other.remove_unreferenced() == []
+            assert replaced.exists()
+            assert removed.exists()
+        assert catalog.remove_unreferenced() == [replaced, removed]
+
+
+def test_a_rejected_models_files_are_discarded_unless_a_name_has_them(catalog: Catalog, home: Home) -> None:
+    add_base(catalog, home)
+    assert not catalog.discard(home.model_directory(BASE.digest))
+    home.model_directory(OTHER_BASE.digest).mkdir()
+    assert catalog.discard(home.model_directory(OTHER_BASE.digest))
+    assert not catalog.discard(home.model_directory(OTHER_BASE.digest))
+    assert [path.name for path in home.models.iterdir()] == [BASE.digest]

@@ -11,9 +11,8 @@ import msgspec
 import pytest
 
 from rekindle.catalog.catalog import Catalog
-from rekindle.clock import ManualClock
-from rekindle.errors import Conflict
-from rekindle.store.adapter_import import import_adapter, read_adapter_manifest
+from rekindle.protocol.adapters import AdapterManifest
+from rekindle.store.adapter_import import MANIFEST_NAME, import_adapter
 from rekindle.store.home import Home
 from support.adapter_files import AdapterDirectory
 
@@ -64,12 +63,12 @@ def start(root: Path, worker: int, rounds: int, *, killed_at: int = 0) -> subpro
     return subprocess.Popen(command, env=environment)
 
 
-def check_complete(home: Home, catalog: Catalog) -> None:
+def check_complete(catalog: Catalog) -> None:
     """Every row has its files, whole."""
     for adapter in catalog.adapters():
-        for version in catalog.versions(adapter.name):
-            assert read_adapter_manifest(version.path.parent) == version.manifest
-            assert version.path.stat().st_size > version.manifest.num_elements * 4
+        stored = (adapter.path.parent / MANIFEST_NAME).read_bytes()
+        assert msgspec.json.decode(stored, type=AdapterManifest) == adapter.manifest
+        assert adapter.path.stat().st_size > adapter.manifest.num_elements * 4
     assert [model.name for model in catalog.models()] == ["base"]
 
 
@@ -81,12 +80,16 @@ def test_processes_that_open_a_new_home_at_once_and_write_lose_nothing(tmp_path:
     for process in workers:
         assert process.wait() == 0
     home = Home(tmp_path / "home")
-    with Catalog.open(home, ManualClock(1e12)) as catalog:
+    with Catalog.open(home) as catalog:
         for worker in range(3):
-            assert [record.version for record in catalog.versions(f"adapter{worker}")] == list(range(1, rounds + 1))
-        assert [record.version for record in catalog.versions("shared")] == list(range(1, 3 * rounds + 1))
-        check_complete(home, catalog)
-        assert catalog.unreferenced() == []
+            assert catalog.adapter(f"adapter{worker}").version == rounds
+        assert catalog.adapter("shared").version == 3 * rounds
+        check_complete(catalog)
+        stored = {path.name for path in home.adapters.iterdir()}
+        assert len(stored) == 3 * rounds
+        current = {adapter.manifest.digest for adapter in catalog.adapters()}
+        assert {path.name for path in catalog.remove_unreferenced()} == stored - current
+        check_complete(catalog)
 
 
 @pytest.mark.parametrize("killed_at", [3, 9, 12, 15, 18, 40])
@@ -95,29 +98,47 @@ def test_a_process_killed_while_registering_leaves_a_home_that_starts_cleanly(tm
     assert start(tmp_path, 0, 50, killed_at=killed_at).wait() == -signal.SIGKILL
     home = Home(tmp_path / "home")
     assert not list(home.temporary.iterdir())
-    with Catalog.open(home, ManualClock(1e12)) as catalog:
-        check_complete(home, catalog)
+    with Catalog.open(home) as catalog:
+        check_complete(catalog)
         catalog.remove_unreferenced()
-        stored = {path.name for path in home.adapters.iterdir()}
-        assert stored == {v.manifest.digest for a in catalog.adapters() for v in catalog.versions(a.name)}
+        check_complete(catalog)
+        assert {path.name for path in home.adapters.iterdir()} == {a.manifest.digest for a in catalog.adapters()}
     assert start(tmp_path, 0, 1).wait() == 0
 
 
-def test_a_clean_up_never_takes_files_from_under_a_registration(tmp_path: Path) -> None:
+def test_a_clean_up_never_takes_files_from_under_an_import_that_has_no_name_yet(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     adapter = AdapterDirectory(tmp_path / "adapter").target("q_proj")
     base_dir = adapter.write_base()
     home.model_directory(adapter.base.digest).mkdir()
-    with Catalog.open(home, ManualClock(1e12)) as catalog, ThreadPoolExecutor(1) as cleaner:
+    with Catalog.open(home) as catalog, ThreadPoolExecutor(1) as cleaner:
         catalog.add_model("base", adapter.base)
         for i in range(20):
             adapter.config["lora_alpha"] = i + 1
-            manifest = import_adapter(adapter.write(), adapter.base, base_dir, home)
             cleaning = cleaner.submit(catalog.remove_unreferenced)
-            try:
+            with home.using():
+                manifest = import_adapter(adapter.write(), adapter.base, base_dir, home)
                 record = catalog.register_adapter("poet", "base", manifest, adapter.path)
-            except Conflict:
-                assert cleaning.result() == [home.adapter_directory(manifest.digest)]
-            else:
-                assert cleaning.result() == []
-                assert record.path.exists()
+            assert home.adapter_directory(manifest.digest) not in cleaning.result()
+            assert record.path.exists()
+
+
+def test_a_killed_server_does_not_keep_files_for_ever(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    script = (
+        "import sys, time; from pathlib import Path; from rekindle.store.home import Home\n"
+        "with Home(Path(sys.argv[1])).using(): print('using', flush=True); time.sleep(600)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    server = subprocess.Popen(
+        [sys.executable, "-c", script, str(home.root)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdout is not None
+    with server, Catalog.open(home) as catalog:
+        assert server.stdout.readline() == "using\n"
+        stray = home.adapters / "stray"
+        stray.mkdir()
+        assert catalog.remove_unreferenced() == []
+        server.kill()
+        server.wait()
+        assert catalog.remove_unreferenced() == [stray]

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors import safe_open
 
 from rekindle.errors import AdapterRejected, ConfigurationError
 from rekindle.protocol.adapters import AdapterManifest
-from rekindle.store.adapter_import import import_adapter, read_adapter_manifest
+from rekindle.store.adapter_import import import_adapter
 from rekindle.store.home import Home
 from rekindle.store.safetensors_file import data_section
 from support.adapter_files import HIDDEN, PREFIX, VOCABULARY, AdapterDirectory
@@ -53,7 +54,7 @@ def test_an_adapter_is_stored_as_one_vector_with_its_manifest_and_config(adapter
     manifest = imported(adapter, home)
     directory = home.adapter_directory(manifest.digest)
     assert sorted(path.name for path in directory.iterdir()) == ["adapter.safetensors", "config.json", "manifest.json"]
-    assert read_adapter_manifest(directory) == manifest
+    assert msgspec.json.decode((directory / "manifest.json").read_bytes(), type=AdapterManifest) == manifest
     assert json.loads((directory / "config.json").read_text()) == adapter.config
     assert (manifest.base, manifest.dtype, manifest.ranks) == (adapter.base.digest, "F32", (4,))
     assert manifest.targets == ("q_proj", "v_proj")
@@ -316,7 +317,7 @@ def test_a_truncated_file_is_refused_with_its_name(adapter: AdapterDirectory, ho
 def test_an_absurd_header_is_refused_before_it_is_read(adapter: AdapterDirectory, home: Home) -> None:
     path = adapter.write() / "adapter_model.safetensors"
     path.write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
-    with pytest.raises(AdapterRejected, match="at most 100000000"):
+    with pytest.raises(AdapterRejected, match="at most 4194304 are allowed"):
         import_adapter(adapter.path, adapter.base, adapter.write_base(), home)
 
 
@@ -364,12 +365,6 @@ def test_a_full_disk_is_told_before_anything_is_written(
     with pytest.raises(ConfigurationError, match="free"):
         imported(adapter, home)
     assert left_in(home) == []
-
-
-def test_a_damaged_manifest_is_told_with_its_directory(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"digest": 5}')
-    with pytest.raises(ConfigurationError, match="register it again"):
-        read_adapter_manifest(tmp_path)
 
 
 def test_values_survive_exactly_over_all_bit_patterns_of_bfloat16(tmp_path: Path, home: Home) -> None:

@@ -1,12 +1,14 @@
 """Which directories a client may name as the source of an adapter."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from rekindle.errors import AdapterRejected, InvalidRequest
+from rekindle.errors import AdapterRejected, InvalidRequest, ModelRejected
 from rekindle.store.adapter_source import open_source, resolve_source
+from rekindle.store.source_files import chat_template
 
 
 @pytest.fixture
@@ -94,3 +96,28 @@ def test_an_oversized_configuration_is_refused_unread(root: Path) -> None:
     (directory / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(AdapterRejected, match=r"adapter_config\.json is larger than"):
         open_source(directory)
+
+
+def test_weights_whose_header_takes_more_than_an_adapter_needs_are_refused_unread(root: Path) -> None:
+    directory = root / "team" / "adapter"
+    (directory / "adapter_config.json").write_text("{}")
+    with (directory / "adapter_model.safetensors").open("wb") as file:
+        file.write((50_000_000).to_bytes(8, "little"))
+        file.truncate(60_000_000)
+    with pytest.raises(AdapterRejected, match="its header would be 50000000 bytes, at most 4194304 are allowed"):
+        open_source(directory)
+
+
+@pytest.mark.parametrize(
+    ("stored", "reason"),
+    [
+        (["{{ messages }}"], "must list objects with a name and a template, not {{ messages }}"),
+        ([{"name": "a", "template": "A"}, {"name": "b", "template": "B"}], "templates a, b is named 'default'"),
+        ([{"name": "default", "template": 7}], "must be text or a list of named ones, not int"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_told_is_refused(root: Path, stored: object, reason: str) -> None:
+    (root / "tokenizer_config.json").write_text(json.dumps({"chat_template": stored}))
+    for rejected in (AdapterRejected, ModelRejected):
+        with pytest.raises(rejected, match=reason):
+            chat_template(root, rejected)

@@ -69,7 +69,7 @@ def test_the_demo_model_is_what_its_publisher_says(imported: tuple[ModelManifest
     assert (manifest.num_parameters, manifest.vocab_size, manifest.context_length) == (134_515_008, 49_152, 8192)
     assert (manifest.eos_token_ids, manifest.tied_embeddings) == ((2,), True)
     config = json.loads((directory / "config.json").read_text())
-    assert (config["rms_norm_eps"], config["rope_theta"]) == (1e-05, 100_000.0)
+    assert (config["rms_norm_eps"], config["rope_parameters"]["rope_theta"]) == (1e-05, 100_000.0)
 
 
 def test_its_tokenizer_gives_the_published_tokens(imported: tuple[ModelManifest, Path]) -> None:

@@ -13,6 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 
+from rekindle.errors import ModelRejected
 from rekindle.protocol.models import ModelManifest
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
@@ -119,7 +120,8 @@ def test_every_architecture_gets_its_configuration_and_names(home: Home, model: 
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     assert [config[name] for name in sizes] == [HIDDEN, INNER, LAYERS, HEADS, KV_HEADS]
     assert (config["head_dim"], config["vocab_size"], config["max_position_embeddings"]) == (HEAD_DIM, VOCAB, 128)
-    assert (config["rms_norm_eps"], config["rope_theta"]) == (1e-06, 10_000.0)
+    rope = config["rope_parameters"].get("full_attention", config["rope_parameters"])
+    assert (config["rms_norm_eps"], rope) == (1e-06, {"rope_type": "default", "rope_theta": 10_000.0})
     assert config["tie_word_embeddings"] is manifest.tied_embeddings is True
     assert manifest.eos_token_ids == (4,)
 
@@ -134,14 +136,53 @@ def test_every_architecture_gets_its_configuration_and_names(home: Home, model: 
 def test_gemma_gets_what_its_metadata_says_and_what_it_leaves_out(home: Home, model: GgufModel) -> None:
     model.change_to("gemma2")
     model.metadata = {
-        "gemma2.attn_logit_softcapping": 50.0,
-        "gemma2.final_logit_softcapping": 30.0,
+        "gemma2.attn_logit_softcapping": 25.0,
+        "gemma2.final_logit_softcapping": 15.0,
         "gemma2.attention.sliding_window": 64,
     }
     config = stored_config(home, import_model(model.write(), home))
-    assert (config["attn_logit_softcapping"], config["final_logit_softcapping"]) == (50.0, 30.0)
+    assert (config["attn_logit_softcapping"], config["final_logit_softcapping"]) == (25.0, 15.0)
     assert (config["sliding_window"], config["query_pre_attn_scalar"]) == (64, HEAD_DIM)
     assert config["hidden_activation"] == "gelu_pytorch_tanh"
+
+
+def test_gemma_2_whose_file_states_no_soft_caps_has_those_of_its_family(home: Home, model: GgufModel) -> None:
+    model.change_to("gemma2")
+    config = stored_config(home, import_model(model.write(), home))
+    assert (config["attn_logit_softcapping"], config["final_logit_softcapping"]) == (50.0, 30.0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (None, ["sliding_attention", "sliding_attention"]),
+        (2, ["sliding_attention", "full_attention"]),
+        (1, ["full_attention", "full_attention"]),
+        ([False, True], ["full_attention", "sliding_attention"]),
+    ],
+)
+def test_gemma_3_has_windows_in_the_layers_that_its_pattern_names(
+    home: Home, model: GgufModel, pattern: int | list[bool] | None, expected: list[str]
+) -> None:
+    model.change_to("gemma3")
+    if pattern is not None:
+        model.metadata["gemma3.attention.sliding_window_pattern"] = pattern
+    assert stored_config(home, import_model(model.write(), home))["layer_types"] == expected
+
+
+def test_settings_that_leave_the_mathematics_alone_may_be_stated(home: Home, model: GgufModel) -> None:
+    plain = import_model(model.write(), home)
+    model.metadata = {
+        "llama.expert_count": 0,
+        "llama.use_parallel_residual": False,
+        "llama.logit_scale": 1.0,
+        "llama.attention.scale": 0.0,
+        "llama.attention.causal": True,
+        "llama.rope.scaling.attn_factor": 1.0,
+        "llama.rope.scaling.yarn_ext_factor": -1.0,
+        "llama.rope.scale_linear": 1.0,
+    }
+    assert import_model(model.write(), home) == plain
 
 
 def test_a_llama_file_with_a_sliding_window_is_a_mistral(home: Home, model: GgufModel) -> None:
@@ -179,7 +220,8 @@ def test_llama3_rope_scaling_is_read_off_its_divisors(
     home: Home, model: GgufModel, factor: float, low: float, high: float, trained: int
 ) -> None:
     model.tensors["rope_freqs.weight"] = llama3_divisors(10_000.0, factor, low, high, trained, HEAD_DIM)
-    assert stored_config(home, import_model(model.write(), home))["rope_scaling"] == {
+    assert stored_config(home, import_model(model.write(), home))["rope_parameters"] == {
+        "rope_theta": 10_000.0,
         "rope_type": "llama3",
         "factor": factor,
         "low_freq_factor": low,
@@ -188,24 +230,34 @@ def test_llama3_rope_scaling_is_read_off_its_divisors(
     }
 
 
+def test_two_rope_scalings_in_one_file_are_refused_and_not_chosen_between(home: Home, model: GgufModel) -> None:
+    model.tensors["rope_freqs.weight"] = llama3_divisors(10_000.0, 8.0, 1.0, 4.0, 8192, HEAD_DIM)
+    model.metadata["llama.rope.scaling.factor"] = 2.0
+    with pytest.raises(ModelRejected, match=r"scales rope by rope_freqs\.weight and by metadata \(linear\)"):
+        import_model(model.write(), home)
+
+
 @pytest.mark.parametrize(
     ("fields", "expected", "context"),
     [
-        ({"type": "none"}, None, 128),
-        ({"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}, 256),
+        ({"scaling.type": "none"}, {"rope_type": "default"}, 128),
+        ({"scaling.type": "none", "scaling.factor": 2.0}, {"rope_type": "default"}, 128),
+        ({"scaling.type": "linear", "scaling.factor": 2.0}, {"rope_type": "linear", "factor": 2.0}, 256),
+        ({"scaling.factor": 2.0}, {"rope_type": "linear", "factor": 2.0}, 256),
+        ({"scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}, 256),
         (
-            {"type": "yarn", "factor": 4.0, "original_context_length": 32},
+            {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 32},
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
             128,
         ),
     ],
 )
-def test_named_rope_scalings_are_kept(
+def test_rope_scalings_are_read_as_llama_cpp_reads_them(
     home: Home, model: GgufModel, fields: dict[str, Any], expected: Any, context: int
 ) -> None:
-    model.metadata = {f"llama.rope.scaling.{name}": value for name, value in fields.items()}
+    model.metadata = {f"llama.rope.{name}": value for name, value in fields.items()}
     manifest = import_model(model.write(), home)
-    assert stored_config(home, manifest).get("rope_scaling") == expected
+    assert stored_config(home, manifest)["rope_parameters"] == {"rope_theta": 10_000.0, **expected}
     assert manifest.context_length == context
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rekindle.errors import ModelRejected
+from rekindle.store.gguf_config import config_from_gguf
+from rekindle.store.gguf_file import open_gguf
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
 from support.gguf_files import (
@@ -54,7 +57,22 @@ def of_architecture(name: str) -> Callable[[GgufModel], None]:
         (with_tensor("v.patch.weight", np.ones((2, 2), np.float32)), r"no llama model has: v\.patch\.weight"),
         (with_tensor("rope_freqs.weight", np.linspace(1, 5, 16, dtype=np.float32)), "follows no Llama 3 scaling"),
         (with_tensor("output.weight", np.ones((VOCAB, 66), np.uint8), Kind.IQ2_XXS), "of type IQ2_XXS; supported"),
-        (with_metadata("llama.expert_count", 8), "mixture of experts"),
+        (with_metadata("llama.expert_count", 8), r"sets llama\.expert_count to 8, a mixture of experts"),
+        (with_metadata("llama.use_parallel_residual", True), r"llama\.use_parallel_residual to True.* must be False"),
+        (with_metadata("llama.logit_scale", 0.0625), r"llama\.logit_scale to 0\.0625.* must be 0 or 1 or absent"),
+        (with_metadata("llama.residual_scale", 0.22), r"llama\.residual_scale"),
+        (with_metadata("llama.embedding_scale", 12.0), r"llama\.embedding_scale"),
+        (with_metadata("llama.attention.scale", 0.015625), r"llama\.attention\.scale to 0\.015625"),
+        (with_metadata("llama.attention.causal", False), r"attention\.causal to False, attention to later tokens"),
+        (with_metadata("llama.attention.clamp_kqv", 8.0), r"llama\.attention\.clamp_kqv"),
+        (with_metadata("llama.attention.max_alibi_bias", 8.0), r"llama\.attention\.max_alibi_bias"),
+        (with_metadata("llama.rope.scaling.attn_factor", 1.19), r"llama\.rope\.scaling\.attn_factor"),
+        (with_metadata("llama.rope.scaling.yarn_attn_factor", 2.0), r"llama\.rope\.scaling\.yarn_attn_factor"),
+        (with_metadata("llama.rope.scaling.yarn_log_multiplier", 0.1), r"llama\.rope\.scaling\.yarn_log_multiplier"),
+        (with_metadata("llama.rope.scaling.yarn_ext_factor", 1.0), r"yarn_ext_factor to 1\.0.* must be 0 or less"),
+        (with_metadata("general.alignment", [32, 32]), r"general\.alignment must be a positive integer, not \[32, 32"),
+        (with_metadata("tokenizer.ggml.bos_token_id", "a"), r"bos_token_id must be an integer, not 'a'"),
+        (with_metadata("split.count", [2, 3]), r"one of \[2, 3\] parts"),
         (with_metadata("split.count", 3), "one of 3 parts"),
         (with_metadata("llama.rope.dimension_count", 16), r"rope\.dimension_count is 16, only 32"),
         (with_metadata("llama.attention.value_length", 16), r"attention\.value_length is 16, only 32"),
@@ -69,6 +87,56 @@ def test_what_cannot_be_served_is_refused_by_name(
     with pytest.raises(ModelRejected, match=reason):
         import_model(model.write(), home)
     assert left_in(home) == []
+
+
+def test_a_list_of_architectures_is_refused_and_no_internal_error(model: GgufModel) -> None:
+    file = replace(open_gguf(model.write()), metadata={"general.architecture": ["llama", "llama"]})
+    with pytest.raises(
+        ModelRejected, match=r"architecture \"\['llama', 'llama'\]\"; supported in GGUF files are llama"
+    ):
+        config_from_gguf(file)
+
+
+@pytest.mark.parametrize("count", [0, 5, 1_000_000])
+def test_a_tensor_with_no_or_too_many_dimensions_is_refused_before_their_product(
+    home: Home, model: GgufModel, count: int
+) -> None:
+    raw, name = model.write().read_bytes(), b"token_embd.weight"
+    at = raw.index(name) + len(name)
+    model.path.write_bytes(raw[:at] + count.to_bytes(4, "little") + b"\xff" * 8 * count + raw[at + 4 + 16 :])
+    with pytest.raises(ModelRejected, match=f"token_embd.weight has {count} dimensions; 1 to 4 are supported"):
+        import_model(model.path, home)
+
+
+@pytest.mark.parametrize(
+    ("divisors", "reason"),
+    [
+        (np.ones(8, np.float32), r"must hold 16 numbers of type F32, not \[8\] of F32"),
+        (np.ones(16, np.float16), r"not \[16\] of F16"),
+        (np.zeros(16, np.float32), "positive numbers only"),
+        (np.full(16, np.nan, np.float32), "positive numbers only"),
+    ],
+)
+def test_rope_divisors_that_fit_no_head_are_refused(
+    home: Home, model: GgufModel, divisors: np.ndarray[Any, Any], reason: str
+) -> None:
+    model.tensors["rope_freqs.weight"] = divisors
+    with pytest.raises(ModelRejected, match=reason):
+        import_model(model.write(), home)
+
+
+def test_a_window_pattern_that_is_not_made_of_flags_is_refused(home: Home, model: GgufModel) -> None:
+    model.change_to("gemma3")
+    model.metadata["gemma3.attention.sliding_window_pattern"] = ["yes", "no"]
+    with pytest.raises(ModelRejected, match=r"sliding_window_pattern must list booleans, not \['yes', 'no'\]"):
+        import_model(model.write(), home)
+
+
+def test_gemma_2_with_another_window_pattern_is_refused(home: Home, model: GgufModel) -> None:
+    model.change_to("gemma2")
+    model.metadata["gemma2.attention.sliding_window_pattern"] = 3
+    with pytest.raises(ModelRejected, match=r"gemma2\.attention\.sliding_window_pattern is 3, only 2"):
+        import_model(model.write(), home)
 
 
 def test_a_missing_number_is_named(home: Home, model: GgufModel) -> None:

@@ -163,7 +163,12 @@ def test_any_text_survives_the_byte_level(pre: str, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
-    [({"eot_token_id": 5}, [1, 5]), ({"eot_token_id": 1, "eom_token_id": 7}, [1, 7]), ({}, [1, 2])],
+    [
+        ({"eot_token_id": 5}, [1, 5]),
+        ({"eot_token_id": 1, "eom_token_id": 7}, [1, 7]),
+        ({}, [1, 2]),
+        ({"eot_token_id": 5, "eom_token_id": 9999}, [1, 5]),
+    ],
 )
 def test_every_token_that_ends_a_turn_is_listed(changes: dict[str, int], expected: list[int]) -> None:
     files = tokenizer_files(byte_level_metadata("gpt-2", **changes))
@@ -186,6 +191,10 @@ def test_the_chat_template_is_kept_where_there_is_one() -> None:
         (byte_level_metadata("gpt-2", tokens=[]), "has no tokenizer"),
         (byte_level_metadata("gpt-2", token_type=[1]), "tokens and 1 token types"),
         (byte_level_metadata("gpt-2", eos_token_id=9999), "eos_token is 9999"),
+        (
+            byte_level_metadata("gpt-2", eos_token_id=None, eot_token_id=9999, eom_token_id=-1),
+            r"ends texts with 9999, -1, it has \d+ tokens",
+        ),
         (byte_level_metadata("gpt-2") | {"tokenizer.ggml.merges": ["a 日"]}, "merge 'a 日' names pieces"),
         (byte_level_metadata("gpt-2", token_type=["x"]), r"malformed: Expected `int`, got `str` - at `\$\.token_type"),
         (sentence_piece_metadata(scores=[1.0]), "tokens and 1 scores"),

@@ -95,3 +95,19 @@ def test_a_home_that_cannot_be_made_says_how_to_choose_another(tmp_path: Path) -
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(ConfigurationError, match="cannot be used: Not a directory; choose another with --home"):
         Home(tmp_path / "file" / "home")
+
+
+def test_a_home_is_used_by_many_or_by_one_alone(home: Home) -> None:
+    with home.alone() as is_alone, Home(home.root).alone() as is_other_alone:
+        assert (is_alone, is_other_alone) == (True, False)
+    with home.using(), Home(home.root).using(), home.alone() as is_alone:
+        assert not is_alone
+    with home.alone() as is_alone:
+        assert is_alone
+
+
+def test_an_error_of_a_clean_up_is_not_taken_for_a_busy_home(home: Home) -> None:
+    with pytest.raises(BlockingIOError), home.alone():
+        raise BlockingIOError
+    with home.alone() as is_alone:
+        assert is_alone

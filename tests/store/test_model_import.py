@@ -189,6 +189,7 @@ def test_rotary_buffers_are_dropped(home: Home, llama: LlamaDirectory) -> None:
     [
         ({"eos_token_id": [5, 6]}, 2, "c", (5, 6)),
         ({"eos_token_id": 7}, 2, "c", (7,)),
+        ({"eos_token_id": [11, 5, -1]}, 2, "c", (5,)),
         ({"temperature": 0.5}, [2, 3], "c", (2, 3)),
         (None, None, "d", (3,)),
         (None, None, {"content": "e"}, (4,)),
@@ -213,7 +214,18 @@ def test_the_end_of_text_is_taken_from_the_most_specific_file(
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, 64),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}}, 128),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}}, 64),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}}, 64),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "rope_theta": 1e4,
+                }
+            },
+            64,
+        ),
     ],
 )
 def test_the_context_length_counts_rope_scaling(home: Home, llama: LlamaDirectory, scaling: Any, expected: int) -> None:

@@ -57,7 +57,9 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
         (with_config(num_hidden_layers=10**9), "num_hidden_layers is 1000000000; at most 4096"),
         (with_config(num_attention_heads=0), "num_attention_heads as a positive integer, not 0"),
         (with_config(rope_scaling={"type": "longrope"}), "rope scaling 'longrope' is not supported"),
-        (with_config(rope_scaling="linear"), "rope settings as an object"),
+        (with_config(rope_scaling="linear"), "rope_scaling as an object, not 'linear'"),
+        (with_config(eos_token_id=11), r"config\.json gives the end of text as 11, but .* vocab_size is 11; correct"),
+        (with_file("generation_config.json", {"eos_token_id": [-1, 99]}), r"generation_config\.json .* as -1, 99, but"),
         (with_file("config.json", "{"), r"config\.json is not JSON"),
         (with_file("config.json", "[]"), r"config\.json must hold a JSON object, not list"),
         (with_file("tokenizer.json", "{}"), r"tokenizer\.json describes no tokenizer"),
@@ -65,6 +67,7 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
             with_file("tokenizer_config.json", {"chat_template": [{"name": n, "template": "T"} for n in "ab"]}),
             "none of the chat templates a, b is named 'default'",
         ),
+        (with_file("tokenizer_config.json", {"chat_template": ["T"]}), "must list objects with a name and a template"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name_and_leaves_nothing(

@@ -1,12 +1,17 @@
 """adapter_config.json: what is read from it, what is refused by name, and which modules it selects."""
 
 import json
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from rekindle.errors import AdapterRejected
+from rekindle.protocol.models import ModuleShape
+from rekindle.store import peft_patterns
 from rekindle.store.peft_config import Target, parse_peft_config, resolve_targets
+from rekindle.store.peft_patterns import Pattern
 from support.adapter_files import base_manifest
 
 MODULES = base_manifest().modules
@@ -185,3 +190,38 @@ def test_rslora_divides_by_the_root_of_each_rank() -> None:
 )
 def test_a_pattern_that_would_never_end_is_refused_in_bounded_time(config: dict[str, Any]) -> None:
     assert "regular expression" in refusal(**config)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"rank_pattern": {f"m{i}": 4 for i in range(20_000)}}, "20000 patterns .* at most 2048 with 262144"),
+        ({"layers_to_transform": [0], "layers_pattern": ["x"] * 5000}, r"5000 patterns .*\(layers_pattern\)"),
+        ({"target_modules": "a" * 300_000}, r"1 patterns .* with 300000 characters \(target_modules\)"),
+        ({"target_modules": [f"m{i}" for i in range(20_000)]}, "target_modules lists 20000 entries; at most 10000"),
+        ({"exclude_modules": ["m"] * 20_000}, "exclude_modules lists 20000 entries"),
+        ({"layers_to_transform": [0] * 20_000}, "layers_to_transform lists 20000 entries"),
+    ],
+    ids=["rank", "layers", "long", "targets", "excluded", "numbers"],
+)
+def test_more_patterns_and_names_than_any_base_has_are_refused_unmatched(config: dict[str, Any], reason: str) -> None:
+    assert re.search(reason, refusal(**config))
+
+
+def test_every_matrix_of_a_large_model_may_have_its_own_rank_and_alpha() -> None:
+    modules = [ModuleShape(f"model.layers.{i // 7}.mlp.m{i % 7}", "linear", 8, 8) for i in range(126 * 7)]
+    ranks = {module.name: 1 + i % 50 for i, module in enumerate(modules)}
+    raw = {"peft_type": "LORA", "target_modules": list(ranks), "rank_pattern": ranks, "alpha_pattern": ranks}
+    found = resolve_targets(parse_peft_config(json.dumps(raw).encode()), modules)
+    assert {target.module.name: target.rank for target in found} == ranks
+    assert {target.scale for target in found} == {1.0}
+
+
+@pytest.mark.parametrize("text", [r"\b" * 40_000, r"\B" * 40_000, "^" * 80_000])
+def test_patterns_that_take_no_letters_do_not_hold_up_the_process_itself(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matched: list[Sequence[Pattern]] = []
+    monkeypatch.setattr(peft_patterns, "_match_in_child", lambda patterns, names: matched.append(patterns))
+    peft_patterns.match_all([Pattern("rank_pattern", text, text)], ["model.layers.0"])
+    assert len(matched) == 1

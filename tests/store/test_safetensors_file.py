@@ -135,6 +135,10 @@ def entry(begin: int, end: int, dtype: str = "U8", shape: list[Any] | None = Non
         ({"a": entry(0, 8, shape=["8"])}, "entry for tensor a is malformed"),
         ({"a": [0, 8]}, "entry for tensor a is malformed"),
         ({"a": {"dtype": "U8", "shape": [8]}}, "entry for tensor a is malformed"),
+        ({"a": entry(0, 8, shape=[1] * 8 + [8])}, "a has 9 dimensions; at most 8 are supported"),
+        ({"a": entry(0, 8, shape=[9])}, "a has a dimension of 9, the file only 8 bytes of data"),
+        ({"a": entry(0, 8, shape=[10**4000] * 8)}, "a has a dimension of 10{39}, the file only 8 bytes of data"),
+        ({"a": entry(0, 8, shape=[2] * 100_000)}, "a has 100000 dimensions"),
         ([1], "not a JSON object"),
         ({"__metadata__": 1}, "__metadata__ is not a JSON object"),
         (b'{"a":1,"a":2}', "'a' occurs twice"),
@@ -182,6 +186,18 @@ def test_a_damaged_file_is_either_still_consistent_or_refused(
         return
     for found in entries.values():
         assert 0 <= found.offset <= found.offset + found.num_bytes <= len(raw)
+
+
+def test_an_empty_tensor_may_have_any_other_dimension(tmp_path: Path) -> None:
+    path = file_with_header(tmp_path / "empty.safetensors", {"a": entry(0, 0, shape=[0, 4096])}, b"")
+    assert tensor_index(path)["a"].shape == (0, 4096)
+
+
+def test_the_caller_limits_how_long_a_header_may_be(tmp_path: Path) -> None:
+    path = file_with_header(tmp_path / "long.safetensors", {"a": entry(0, 8)}, bytes(8))
+    assert read_header(path, max_header_bytes=100).data.num_bytes == 8
+    with pytest.raises(ModelRejected, match=r"its header would be \d+ bytes, at most 20 are allowed"):
+        read_header(path, max_header_bytes=20)
 
 
 def test_the_caller_chooses_the_kind_of_refusal(tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ class GgufModel:
         for key, value in self.metadata.items():
             if isinstance(value, str):
                 writer.add_string(key, value)
+            elif isinstance(value, bool):
+                writer.add_bool(key, value)
             elif isinstance(value, float):
                 writer.add_float32(key, value)
             elif isinstance(value, list):

@@ -1,1 +1,1 @@
-"""What exists: models, adapters, their versions and aliases, in a database that survives restarts."""
+"""What exists: models, adapters and their versions, by name, in a database that survives restarts."""

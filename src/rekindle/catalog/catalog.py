@@ -2,13 +2,13 @@
 
 Files come first and the row last: a row is written only while the files it names exist, and files are deleted only
 while no row names them, both inside a transaction that other writers wait for. A process killed in between leaves files
-without a row, which `remove_unreferenced` deletes. Several processes may use one catalog; `generation` tells cheaply
-whether any of them has changed it.
+without a row. Removing or replacing a name deletes nothing, since requests on what it stood for may be running;
+`remove_unreferenced` does, while no process uses the files. Several processes may use one catalog.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -25,11 +25,8 @@ from rekindle.catalog.tables import MAX_NAME_CHARS, adapter_versions, adapters, 
 from rekindle.clock import Clock, SystemClock
 from rekindle.errors import ConfigurationError, Conflict, NotFound, RetryLater
 from rekindle.protocol.adapters import ADAPTER_FILE_NAME, AdapterManifest
-from rekindle.protocol.identity import AdapterDigest, ModelDigest
+from rekindle.protocol.identity import ModelDigest
 from rekindle.protocol.models import ModelManifest
-
-SETTLING_S = 3600.0
-"""How long imported files may wait for their row before a clean-up takes them."""
 
 _MAX_CACHED_MANIFESTS = 10_000
 _DIGESTS_PER_QUERY = 500
@@ -71,11 +68,6 @@ class Catalog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def generation(self) -> int:
-        """A number that rises with every change any process makes."""
-        with self._reading() as connection:
-            return int(connection.execute(select(state.c.generation)).scalar_one())
 
     def models(self) -> list[ModelRecord]:
         """All base models, by name."""
@@ -121,24 +113,22 @@ class Catalog:
                 )
             return self._model(_model_row(connection, name))
 
-    def remove_model(self, name: str, *, force: bool = False) -> ModelRecord:
-        """Forget a model, and delete its files unless another name has the same. With `force` its adapters go too.
+    def remove_model(self, name: str) -> ModelRecord:
+        """Forget a model and return what it was; its files stay until `remove_unreferenced`.
 
         Raises:
             NotFound: there is no such model.
-            Conflict: adapters are bound to it and `force` is not set.
+            Conflict: adapters are bound to it.
         """
         with self._writing() as connection:
             record = self._model(_model_row(connection, name))
             bound = list(connection.scalars(select(adapters.c.name).where(adapters.c.base_name == name)))
-            if bound and not force:
+            if bound:
                 raise Conflict(
                     f"{len(bound)} adapters are bound to the model {name!r}, such as {bound[0]!r}; remove them first"
                 )
-            connection.execute(delete(adapters).where(adapters.c.base_name == name))
             connection.execute(delete(models).where(models.c.name == name))
-        self.discard(record.path)
-        return record
+            return record
 
     def adapters(self, base_name: str | None = None) -> list[AdapterRecord]:
         """All adapters, or those of one base, by name, each in its current version."""
@@ -152,13 +142,6 @@ class Catalog:
         """One adapter in its current version; raises `NotFound`."""
         with self._reading() as connection:
             return self._adapter(connection, name)
-
-    def versions(self, name: str) -> list[AdapterRecord]:
-        """All versions of an adapter, oldest first; empty if there is no such adapter."""
-        of_name = adapters.c.name == adapter_versions.c.adapter_name
-        query = select(*_ADAPTER_COLUMNS).join(adapter_versions, of_name).where(adapters.c.name == name)
-        with self._reading() as connection:
-            return self._adapters(connection, query.order_by(adapter_versions.c.version))
 
     def register_adapter(
         self, name: str, base_name: str, manifest: AdapterManifest, source: str | Path
@@ -199,12 +182,6 @@ class Catalog:
             connection.execute(delete(adapters).where(adapters.c.name == name))
             return record
 
-    def forget_superseded(self) -> int:
-        """Forget all versions that no name stands for any more; returns how many there were."""
-        is_current = select(adapters.c.name).where(_CURRENT).exists()
-        with self._writing() as connection:
-            return connection.execute(delete(adapter_versions).where(~is_current)).rowcount
-
     def resolve(self, model: str) -> Resolved:
         """What `model` in a request means: a base or an adapter of that whole name, else `base:adapter`, split at any
         colon that leaves a base on the left and an adapter of it on the right.
@@ -217,25 +194,28 @@ class Catalog:
                 return found
         raise NotFound(f"the model {model[:200]!r} does not exist", field="model", code="model_not_found")
 
-    def unreferenced(self, *, older_than_s: float = SETTLING_S) -> list[Path]:
-        """Directories of models and adapter versions that no row names. Younger ones may still be about to get their
-        row and are left out."""
-        latest_s = self._clock.unix_s() - older_than_s
-        with self._reading() as connection:
-            named = _named_digests(connection)
-        found = [*self._home.models.iterdir(), *self._home.adapters.iterdir()]
-        return sorted(path for path in found if path.name not in named and _is_older(path, latest_s))
+    def remove_unreferenced(self) -> list[Path]:
+        """Forget versions that were replaced, delete all files that no name stands for, and return their directories.
 
-    def remove_unreferenced(
-        self, *, older_than_s: float = SETTLING_S, keep: Iterable[AdapterDigest] = ()
-    ) -> list[Path]:
-        """Delete what `unreferenced` lists and return it. Versions in `keep`, which running requests use, stay."""
-        kept = frozenset(keep)
-        candidates = [path for path in self.unreferenced(older_than_s=older_than_s) if path.name not in kept]
-        return [path for path in candidates if self.discard(path)]
+        Nothing happens while any process uses the home, this one included.
+        """
+        with self._home.alone() as is_alone:
+            if not is_alone:
+                return []
+            with self._writing() as connection:
+                is_current = select(adapters.c.name).where(_CURRENT).exists()
+                connection.execute(delete(adapter_versions).where(~is_current))
+            with self._writing() as connection:
+                named = _named_digests(connection)
+                stored = [*self._home.models.iterdir(), *self._home.adapters.iterdir()]
+                unreferenced = sorted(path for path in stored if path.name not in named)
+                for path in unreferenced:
+                    self._home.remove(path)
+                return unreferenced
 
     def discard(self, directory: Path) -> bool:
-        """Delete a model's or an adapter version's files unless a row names them; returns whether they were deleted."""
+        """Delete the files of a model or version that nobody can be using, unless a row names them; returns whether
+        they were deleted."""
         with self._writing() as connection:
             if directory.name in _named_digests(connection) or not directory.exists():
                 return False
@@ -377,10 +357,3 @@ def _require_files(directory: Path) -> None:
 def _named_digests(connection: Connection) -> set[str]:
     digests = connection.scalars(select(models.c.digest).union(select(adapter_versions.c.digest)))
     return set(digests)
-
-
-def _is_older(directory: Path, than_s: float) -> bool:
-    try:
-        return directory.stat().st_mtime <= than_s
-    except FileNotFoundError:  # another process has just removed it
-        return False

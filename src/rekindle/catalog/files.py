@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -36,4 +37,8 @@ class FileStore(Protocol):
 
     def remove(self, directory: Path) -> None:
         """Remove a model's or adapter's directory at once."""
+        ...
+
+    def alone(self) -> AbstractContextManager[bool]:
+        """Whether no process serves from these files or imports some; if so, none does before the context ends."""
         ...

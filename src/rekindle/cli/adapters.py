@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from rekindle.catalog.catalog import Catalog
+from rekindle.cli.removal import print_removal
 from rekindle.cli.settings import home_directory
 from rekindle.cli.tables import print_table
 from rekindle.errors import InvalidRequest
@@ -17,7 +18,7 @@ from rekindle.units import format_bytes
 def add(arguments: argparse.Namespace) -> int:
     """Import an adapter and give it a name, or a new version to a name that exists."""
     home = Home(home_directory(arguments.home))
-    with Catalog.open(home) as catalog:
+    with Catalog.open(home) as catalog, home.using():
         base = catalog.model(arguments.base or _only_base(catalog))
         base_directory = home.model_directory(base.manifest.digest)
         manifest = import_adapter(arguments.path, base.manifest, base_directory, home)
@@ -53,10 +54,11 @@ def list_adapters(arguments: argparse.Namespace) -> int:
 
 
 def remove(arguments: argparse.Namespace) -> int:
-    """Forget an adapter; requests under way finish."""
+    """Forget an adapter; its files go when no other name and no server uses them."""
     with Catalog.open(Home(home_directory(arguments.home))) as catalog:
-        catalog.remove_adapter(arguments.name)
-    print(f"removed {arguments.name}")
+        record = catalog.remove_adapter(arguments.name)
+        catalog.remove_unreferenced()
+    print_removal(arguments.name, record.path)
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from rekindle.catalog.catalog import Catalog
+from rekindle.cli.removal import print_removal
 from rekindle.cli.settings import home_directory
 from rekindle.cli.tables import print_table
 from rekindle.engine.models.registry import check_model
@@ -20,13 +21,14 @@ def add(arguments: argparse.Namespace) -> int:
     home = Home(home_directory(arguments.home))
     with Catalog.open(home) as catalog:
         catalog.check_new_name(arguments.name)
-        manifest = import_model(arguments.path, home, progress=_progress if sys.stderr.isatty() else None)
-        try:
-            check_model(home.model_directory(manifest.digest))
-        except ModelRejected:
-            catalog.discard(home.model_directory(manifest.digest))
-            raise
-        catalog.add_model(arguments.name, manifest)
+        with home.using():
+            manifest = import_model(arguments.path, home, progress=_progress if sys.stderr.isatty() else None)
+            try:
+                check_model(home.model_directory(manifest.digest))
+            except ModelRejected:
+                catalog.discard(home.model_directory(manifest.digest))  # what no engine can run, no server is using
+                raise
+            catalog.add_model(arguments.name, manifest)
     print(
         f"imported {arguments.name}: {manifest.family}, {manifest.num_parameters / 1e6:.0f} M parameters, "
         f"{format_bytes(manifest.num_bytes)}, digest {manifest.digest[:12]}"
@@ -59,11 +61,12 @@ def list_models(arguments: argparse.Namespace) -> int:
 
 
 def remove(arguments: argparse.Namespace) -> int:
-    """Forget a model; its files go when no other name uses them."""
+    """Forget a model; its files go when no other name and no server uses them."""
     home = Home(home_directory(arguments.home))
     with Catalog.open(home) as catalog:
-        catalog.remove_model(arguments.name)
-    print(f"removed {arguments.name}")
+        record = catalog.remove_model(arguments.name)
+        catalog.remove_unreferenced()
+    print_removal(arguments.name, record.path)
     return 0
 
 

@@ -9,9 +9,7 @@ the widest of them, float32 where float16 and bfloat16 meet, so that no value ch
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +23,12 @@ from rekindle.protocol.identity import AdapterDigest
 from rekindle.protocol.models import ModelManifest
 from rekindle.store.adapter_binding import Binding, WholeMatrix, bind
 from rekindle.store.adapter_file import AdapterLayout, PlacedTensor, plan_layout
-from rekindle.store.adapter_source import TEMPLATE_NAME, AdapterSource, file_tensor, open_source
+from rekindle.store.adapter_source import AdapterSource, open_source
 from rekindle.store.home import Home
 from rekindle.store.model_source import NUMPY_DTYPES, Piece, SourceTensor, converted
 from rekindle.store.peft_config import EMBEDDING, HEAD, parse_peft_config
 from rekindle.store.safetensors_file import Bytes, TensorStream, tensor_index, write_tensors
+from rekindle.store.source_files import TEMPLATE_NAME, file_tensor
 from rekindle.units import MIB
 
 MANIFEST_NAME = "manifest.json"
@@ -72,21 +71,7 @@ def import_adapter(source: Path, base: ModelManifest, base_dir: Path, home: Home
         if template is not None:
             (staging.path / TEMPLATE_NAME).write_bytes(template)
         staging.publish(home.adapter_directory(manifest.digest))
-    with suppress(FileNotFoundError):
-        os.utime(home.adapter_directory(manifest.digest))  # wanted again: a clean-up goes by the age of unused files
     return manifest
-
-
-def read_adapter_manifest(directory: Path) -> AdapterManifest:
-    """The manifest of an imported adapter version.
-
-    Raises:
-        ConfigurationError: the directory holds no readable manifest.
-    """
-    try:
-        return msgspec.json.decode((directory / MANIFEST_NAME).read_bytes(), type=AdapterManifest)
-    except (OSError, msgspec.DecodeError) as error:
-        raise ConfigurationError(f"{directory} holds no imported adapter: {error}; register it again") from error
 
 
 def _without_copies_of_base(binding: Binding, files: AdapterSource, base: ModelManifest, base_dir: Path) -> Binding:
@@ -123,7 +108,7 @@ def _base_matrix(matrix: WholeMatrix, base: ModelManifest, base_dir: Path) -> So
     module = EMBEDDING if base.tied_embeddings else matrix.module.name
     path = base_dir / _BASE_NAME
     try:
-        return file_tensor(path, f"{module}.weight", tensor_index(path)[f"{module}.weight"])
+        return file_tensor(path, f"{module}.weight", tensor_index(path)[f"{module}.weight"], AdapterRejected)
     except (OSError, KeyError) as error:
         raise ConfigurationError(f"{path} lacks {module}.weight ({error}); import the base model again") from error
 

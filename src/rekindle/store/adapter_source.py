@@ -6,29 +6,34 @@ Only JSON, text and safetensors are opened, never a pickle. Reading a file that 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from rekindle.errors import AdapterRejected, InvalidRequest
-from rekindle.store.model_source import NUMPY_DTYPES, PIECE_ELEMENTS, Piece, SourceTensor
+from rekindle.store.model_source import SourceTensor
 from rekindle.store.safetensors_file import TensorEntry, tensor_index
+from rekindle.store.source_files import (
+    TEMPLATE_JSON_NAME,
+    TEMPLATE_NAME,
+    TOKENIZER_CONFIG_NAME,
+    chat_template,
+    file_tensor,
+    pickled_weights,
+    read_file,
+    readable,
+)
 from rekindle.store.wording import listed
-from rekindle.units import MIB, format_bytes
+from rekindle.units import MIB
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-TEMPLATE_NAME, TOKENIZER_CONFIG_NAME = "chat_template.jinja", "tokenizer_config.json"
 
-_FILES = (CONFIG_NAME, WEIGHTS_NAME, TEMPLATE_NAME, TOKENIZER_CONFIG_NAME)
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+MAX_HEADER_BYTES = 4 * MIB
+"""Of the weights' header; an adapter of every matrix of a model with 126 layers has 0.3 MiB."""
+
+_FILES = (CONFIG_NAME, WEIGHTS_NAME, TEMPLATE_NAME, TEMPLATE_JSON_NAME, TOKENIZER_CONFIG_NAME)
 _MAX_CONFIG_BYTES = 4 * MIB
-_MAX_TOKENIZER_CONFIG_BYTES = 64 * MIB
+_MAX_TEMPLATE_FILE_BYTES = 64 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class AdapterSource:
 
     def tensor(self, name: str) -> SourceTensor:
         """One tensor, to be read in pieces. Its type must be one of `NUMPY_DTYPES`."""
-        return file_tensor(self.path / WEIGHTS_NAME, name, self.tensors[name])
+        return file_tensor(self.path / WEIGHTS_NAME, name, self.tensors[name], AdapterRejected)
 
 
 def open_source(directory: Path) -> AdapterSource:
@@ -58,15 +63,11 @@ def open_source(directory: Path) -> AdapterSource:
         raise AdapterRejected(f"{directory} has no {CONFIG_NAME}{also}")
     if not (directory / WEIGHTS_NAME).is_file():
         raise AdapterRejected(_missing_weights(directory))
-    config = _read(directory / CONFIG_NAME, _MAX_CONFIG_BYTES)
-    with _readable(WEIGHTS_NAME):
-        tensors = tensor_index(directory / WEIGHTS_NAME, rejected=AdapterRejected)
-    return AdapterSource(directory, config, tensors, _chat_template(directory))
-
-
-def file_tensor(path: Path, name: str, entry: TensorEntry) -> SourceTensor:
-    """A tensor of any safetensors file, read in pieces of `PIECE_ELEMENTS`."""
-    return SourceTensor(name, entry.dtype, entry.shape, partial(_pieces, path, name, entry))
+    config = read_file(directory / CONFIG_NAME, AdapterRejected, _MAX_CONFIG_BYTES)
+    with readable(WEIGHTS_NAME, AdapterRejected):
+        tensors = tensor_index(directory / WEIGHTS_NAME, rejected=AdapterRejected, max_header_bytes=MAX_HEADER_BYTES)
+    template = chat_template(directory, AdapterRejected, _MAX_TEMPLATE_FILE_BYTES)
+    return AdapterSource(directory, config, tensors, template)
 
 
 def resolve_source(source: str, allowed_roots: Sequence[Path]) -> Path:
@@ -114,60 +115,10 @@ def _is_under(path: Path, roots: Sequence[Path]) -> bool:
 
 
 def _missing_weights(directory: Path) -> str:
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    pickles = pickled_weights(directory)
     if not pickles:
         return f"{directory} has no {WEIGHTS_NAME}"
     return (
         f"the adapter has its weights only in {listed(pickles)}: pickles can run code and are never opened; load it "
         f"with PEFT and save it with save_pretrained, which writes {WEIGHTS_NAME}"
     )
-
-
-def _chat_template(directory: Path) -> str | None:
-    if (path := directory / TEMPLATE_NAME).is_file():
-        try:
-            return _read(path, _MAX_CONFIG_BYTES).decode()
-        except UnicodeDecodeError as error:
-            raise AdapterRejected(f"{TEMPLATE_NAME} is not UTF-8 text: {error}") from error
-    if not (path := directory / TOKENIZER_CONFIG_NAME).is_file():
-        return None
-    try:
-        settings = json.loads(_read(path, _MAX_TOKENIZER_CONFIG_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise AdapterRejected(f"{TOKENIZER_CONFIG_NAME} is not JSON: {error}") from error
-    stored: Any = settings.get("chat_template") if isinstance(settings, dict) else None
-    if isinstance(stored, list):
-        named = [entry for entry in stored if isinstance(entry, dict) and entry.get("name") == "default"]
-        stored = named[0].get("template") if named else None
-    if stored is not None and not isinstance(stored, str):
-        raise AdapterRejected(f"chat_template in {TOKENIZER_CONFIG_NAME} is not text")
-    return stored
-
-
-def _read(path: Path, max_bytes: int) -> bytes:
-    with _readable(path.name), path.open("rb") as file:
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise AdapterRejected(f"{path.name} is larger than {format_bytes(max_bytes)}")
-    return content
-
-
-def _pieces(path: Path, name: str, entry: TensorEntry) -> Iterator[Piece]:
-    item = NUMPY_DTYPES[entry.dtype]
-    left = entry.num_bytes // item.itemsize
-    with _readable(path.name), path.open("rb", buffering=0) as file:
-        file.seek(entry.offset)
-        while left:
-            piece = np.fromfile(file, item, count=min(left, PIECE_ELEMENTS))
-            if not len(piece):
-                raise AdapterRejected(f"{path.name} was cut short while {name} was read from it")
-            left -= len(piece)
-            yield piece
-
-
-@contextmanager
-def _readable(name: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise AdapterRejected(f"{name} cannot be read: {error.strerror}") from error

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 from rekindle.errors import ModelRejected
 from rekindle.store.gguf_file import GgufFile
+from rekindle.store.gguf_unbuilt import refuse_unbuilt
 
 _FAMILIES = {
     "llama": ("llama", "LlamaForCausalLM"),
@@ -23,6 +25,7 @@ _FAMILIES = {
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
 _LARGEST_GEMMA_LAYERS = {"gemma2": 46, "gemma3": 62}
+_GEMMA_PATTERNS = {"gemma2": 2, "gemma3": 6}
 _LLAMA3_DEFAULTS = (8192.0, 1.0, 4.0)
 _ROPE_TOLERANCE = 1e-4
 
@@ -34,26 +37,27 @@ def config_from_gguf(file: GgufFile) -> dict[str, Any]:
         ModelRejected: the architecture or one of its settings is not supported, or a number is missing.
     """
     architecture = file.metadata.get("general.architecture")
-    if architecture not in _FAMILIES:
+    if not isinstance(architecture, str) or architecture not in _FAMILIES:
         raise ModelRejected(
-            f"{file.name} is of architecture {architecture!r}; supported in GGUF files are {', '.join(_FAMILIES)}"
+            f"{file.name} is of architecture {str(architecture)[:80]!r}; supported in GGUF files are "
+            f"{', '.join(_FAMILIES)}"
         )
+    refuse_unbuilt(file.name, architecture, file.metadata)
     fields = _Fields(file.name, architecture, file.metadata)
-    if fields.has("expert_count"):
-        raise ModelRejected(f"{file.name} is a mixture of experts, which is not supported")
     family, model_class = _FAMILIES[architecture]
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelRejected(f"{file.name} has no tensor token_embd.weight; is it a part of a split model?")
+    sizes = _sizes(fields)
     config = {
         "architectures": [model_class],
         "model_type": family,
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        **_sizes(fields),
-        **_rope(fields, file),
+        **sizes,
+        **_rope(fields, file, sizes["head_dim"]),
         "attention_bias": architecture == "llama" and "blk.0.attn_q.bias" in file.tensors,
-        **_special_token_ids(file.metadata),
+        **_special_token_ids(file),
     }
     if family == "llama":
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
@@ -78,14 +82,14 @@ class _Fields:
         """A positive integer, the same in all layers; without a default it must be there."""
         value = self._metadata.get(f"{self.architecture}.{name}", default)
         if isinstance(value, list):
-            if len(set(value)) != 1:
+            if not value or any(item != value[0] for item in value):
                 raise ModelRejected(f"{self.file_name}: {name} differs between layers, which is not supported")
             value = value[0]
         if value is None:
             raise ModelRejected(f"{self.file_name} lacks the metadata {self.architecture}.{name}")
         if type(value) is not int or value < 1:
             raise ModelRejected(
-                f"{self.file_name}: {self.architecture}.{name} must be a positive integer, not {value!r}"
+                f"{self.file_name}: {self.architecture}.{name} must be a positive integer, not {str(value)[:80]}"
             )
         return value
 
@@ -93,11 +97,20 @@ class _Fields:
         """A number, as the shortest decimal that is the same float32: 1e-05 for 9.99999974737875e-06."""
         value = self._metadata.get(f"{self.architecture}.{name}", default)
         if value is not None and not isinstance(value, int | float):
-            raise ModelRejected(f"{self.file_name}: {self.architecture}.{name} must be a number, not {value!r}")
+            raise ModelRejected(f"{self.file_name}: {self.architecture}.{name} must be a number, not {str(value)[:80]}")
         return None if value is None else float(str(np.float32(value)))
 
     def text(self, name: str, default: str) -> str:
         return str(self._metadata.get(f"{self.architecture}.{name}", default))
+
+    def flags(self, name: str) -> list[bool] | None:
+        """A list with one flag for each layer, or None where the file holds no list of that name."""
+        value = self._metadata.get(f"{self.architecture}.{name}")
+        if not isinstance(value, list):
+            return None
+        if not all(type(flag) is bool for flag in value):
+            raise ModelRejected(f"{self.file_name}: {self.architecture}.{name} must list booleans, not {value[:8]}")
+        return value
 
     def has(self, name: str) -> bool:
         return bool(self._metadata.get(f"{self.architecture}.{name}"))
@@ -123,8 +136,13 @@ def _sizes(fields: _Fields) -> dict[str, Any]:
     }
 
 
-def _special_token_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
-    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+def _special_token_ids(file: GgufFile) -> dict[str, int]:
+    ids = {name: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+    for name, token_id in ids.items():
+        if token_id is not None and type(token_id) is not int:
+            raise ModelRejected(
+                f"{file.name}: tokenizer.ggml.{name}_token_id must be an integer, not {str(token_id)[:80]!r}"
+            )
     return {f"{name}_token_id": token_id for name, token_id in ids.items() if token_id is not None}
 
 
@@ -138,27 +156,63 @@ def _gemma(fields: _Fields, config: Mapping[str, Any]) -> dict[str, Any]:
         if largest
         else config["head_dim"],
         "sliding_window": fields.count("attention.sliding_window", 4096),
-        "final_logit_softcapping": fields.number("final_logit_softcapping"),
-        "attn_logit_softcapping": fields.number("attn_logit_softcapping"),
+        **_gemma_windows(fields),
     }
+    for name in ("final_logit_softcapping", "attn_logit_softcapping"):
+        # A file that does not state a cap has the family's own; None would switch it off.
+        if (cap := fields.number(name)) is not None:
+            settings[name] = cap or None
     if fields.architecture == "gemma3":
-        settings["sliding_window_pattern"] = 6
         settings["rope_local_base_freq"] = fields.number("rope.freq_base_swa", 10_000.0)
     return settings
 
 
-def _rope(fields: _Fields, file: GgufFile) -> dict[str, Any]:
+def _gemma_windows(fields: _Fields) -> dict[str, Any]:
+    """Which layers have a sliding window: a flag for each, or the distance between layers without."""
+    name, usual = "attention.sliding_window_pattern", _GEMMA_PATTERNS[fields.architecture]
+    if (has_window := fields.flags(name)) is not None:
+        return {"layer_types": ["sliding_attention" if flag else "full_attention" for flag in has_window]}
+    pattern = fields.count(name, usual)
+    if fields.architecture == "gemma3":
+        return {"sliding_window_pattern": pattern}
+    if pattern != usual:
+        raise ModelRejected(f"{fields.file_name}: {fields.architecture}.{name} is {pattern}, only {usual} is supported")
+    return {}
+
+
+def _rope(fields: _Fields, file: GgufFile, head_dim: int) -> dict[str, Any]:
     base = fields.number("rope.freq_base") or 10_000.0
-    divisors = file.tensors.get("rope_freqs.weight")
-    if divisors is not None:
-        scaling = _llama3_scaling(file.name, base, divisors.rows.view(np.float32).ravel())
-    else:
-        scaling = _named_scaling(fields)
+    scaling, divisors = _named_scaling(fields), _divisors(file, head_dim // 2)
+    if divisors is not None and (llama3 := _llama3_scaling(file.name, base, divisors)):
+        if scaling is not None:
+            raise ModelRejected(
+                f"{file.name} scales rope by rope_freqs.weight and by metadata ({scaling['rope_type']}); only one of "
+                "them is supported"
+            )
+        scaling = llama3
     return {"rope_theta": base} | ({"rope_scaling": scaling} if scaling else {})
 
 
+def _divisors(file: GgufFile, num_frequencies: int) -> NDArray[np.float32] | None:
+    tensor = file.tensors.get("rope_freqs.weight")
+    if tensor is None:
+        return None
+    if tensor.kind != GGMLQuantizationType.F32 or tensor.shape != (num_frequencies,):
+        raise ModelRejected(
+            f"{file.name}: rope_freqs.weight must hold {num_frequencies} numbers of type F32, not "
+            f"{list(tensor.shape)} of {tensor.kind.name}"
+        )
+    divisors = tensor.rows.view(np.float32).ravel()
+    if not (np.isfinite(divisors) & (divisors > 0)).all():
+        raise ModelRejected(f"{file.name}: rope_freqs.weight must hold positive numbers only")
+    return divisors
+
+
 def _named_scaling(fields: _Fields) -> dict[str, Any] | None:
-    kind, factor = fields.text("rope.scaling.type", "none"), fields.number("rope.scaling.factor") or 1.0
+    """As llama.cpp reads it: scaling is linear where no type is named, and `rope.scale_linear` is the older name of its
+    factor."""
+    kind = fields.text("rope.scaling.type", "linear")
+    factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear")) or 1.0
     if kind == "linear":
         return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
     if kind == "yarn":

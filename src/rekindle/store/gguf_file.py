@@ -24,6 +24,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT_BYTES = 32
+_MAX_DIMENSIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +80,9 @@ class _Parser:
             key = self._string()
             metadata[key] = self._value(self._scalar("I"))
         infos = [self._tensor_info() for _ in range(num_tensors)]
-        alignment = int(metadata.get("general.alignment", _DEFAULT_ALIGNMENT_BYTES))
-        if alignment < 1:
-            raise ValueError(f"general.alignment is {alignment}")
+        alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT_BYTES)
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError(f"general.alignment must be a positive integer, not {str(alignment)[:80]}")
         data_start = -(-self._position // alignment) * alignment
         tensors = {name: self._tensor(name, shape, kind, data_start + offset) for name, shape, kind, offset in infos}
         return metadata, tensors
@@ -115,6 +116,8 @@ class _Parser:
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name, num_dimensions = self._string(), self._scalar("I")
+        if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
+            raise ValueError(f"{name} has {num_dimensions} dimensions; 1 to {_MAX_DIMENSIONS} are supported")
         dimensions = struct.unpack(f"<{num_dimensions}Q", self._take(8 * num_dimensions))
         kind = GGMLQuantizationType(self._scalar("I"))
         return name, dimensions[::-1], kind, self._scalar("Q")

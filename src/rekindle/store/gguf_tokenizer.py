@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from rekindle.errors import ModelRejected
+from rekindle.store.wording import listed
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 _PREFIX = "tokenizer.ggml."
@@ -259,9 +260,16 @@ def _post_processor(vocabulary: _Vocabulary, *, adds_bos: bool, adds_eos: bool) 
 
 
 def _end_ids(vocabulary: _Vocabulary) -> list[int]:
-    """Tokens that end a text or a turn."""
+    """Tokens that end a text or a turn; those beyond the vocabulary are left out unless nothing else would be left."""
     ids = [vocabulary.eos_token_id, vocabulary.eot_token_id, vocabulary.eom_token_id]
     if vocabulary.eot_token_id is None:
         control = {token: i for i, token in enumerate(vocabulary.tokens) if vocabulary.token_type[i] == _CONTROL}
         ids += [control.get(token) for token in _END_OF_TURN]
-    return list(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+    stated = list(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+    usable = [token_id for token_id in stated if 0 <= token_id < len(vocabulary.tokens)]
+    if stated and not usable:
+        raise ModelRejected(
+            f"the GGUF tokenizer ends texts with {listed([str(token_id) for token_id in stated])}, it has "
+            f"{len(vocabulary.tokens)} tokens; export the file again"
+        )
+    return usable

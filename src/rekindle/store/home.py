@@ -1,14 +1,20 @@
 """The home directory: where imported models and adapters lie, and how they get there whole or not at all.
 
-    catalog.db             what exists, by name
+    catalog.db             what exists, by name; beside it the database's own catalog.db-wal and catalog.db-shm
+    catalog.lock           held for moments, while the catalog is opened
     models/<digest>/       one imported base model
     adapters/<digest>/     one adapter version
     tmp/                   directories being built or removed
     lock                   held for moments, while an entry of tmp/ is created or swept
+    users.lock             shared by all processes that serve from this home or import into it
 
 A directory is built under tmp/, synced, and renamed into place, so that a process killed at any moment leaves either
 the whole or nothing but an entry in tmp/. The builder holds a lock on that entry, which ends with the process; entries
 that nobody locks are swept when a home is opened.
+
+What nobody needs any more is deleted by a process that has users.lock for itself. A name in the catalog is not enough
+to go by: a server runs on a version whose name is gone until its last request ends, reading its file again after an
+eviction, and an import has no name until its files are complete.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from rekindle.errors import ConfigurationError
@@ -63,6 +69,7 @@ class Home:
         self.temporary = self.root / "tmp"
         self.catalog = self.root / "catalog.db"
         self._lock = self.root / "lock"
+        self._users_lock = self.root / "users.lock"
         try:
             for directory in (self.models, self.adapters, self.temporary):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -80,6 +87,27 @@ class Home:
     def adapter_directory(self, digest: AdapterDigest) -> Path:
         """Where that adapter version lies, or would lie."""
         return self.adapters / digest
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """Keep every model and adapter version on disk while the context lasts.
+
+        For a server while it runs, and for an import until its name is in the catalog. Waits while another process has
+        the home `alone`; the lock ends with the process.
+        """
+        with _locked(self._users_lock, fcntl.LOCK_SH):
+            yield
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Whether no process is `using` this home; if so, those that want to wait until the context ends."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(_locked(self._users_lock, fcntl.LOCK_EX | fcntl.LOCK_NB))
+                is_alone = True
+            except BlockingIOError:
+                is_alone = False
+            yield is_alone
 
     @contextmanager
     def atomic_directory(self) -> Iterator[StagedDirectory]:
@@ -119,7 +147,7 @@ class Home:
             )
 
     def _create_locked(self) -> tuple[Path, int]:
-        with self._exclusively():
+        with _locked(self._lock, fcntl.LOCK_EX):
             path = Path(tempfile.mkdtemp(dir=self.temporary))
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,21 +155,22 @@ class Home:
             return path, descriptor
 
     def _sweep(self) -> None:
-        with self._exclusively():
+        with _locked(self._lock, fcntl.LOCK_EX):
             for path in self.temporary.iterdir():
                 if path.is_symlink() or not path.is_dir():
                     path.unlink(missing_ok=True)
                 else:
                     _remove_unless_locked(path)
 
-    @contextmanager
-    def _exclusively(self) -> Iterator[None]:
-        descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
+
+@contextmanager
+def _locked(path: Path, operation: int) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, operation)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove_unless_locked(directory: Path) -> None:

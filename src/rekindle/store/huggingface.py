@@ -6,20 +6,21 @@ Only safetensors and JSON are opened, never a pickle. Tensors are read in pieces
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rekindle.errors import ModelRejected
-from rekindle.store.model_source import NUMPY_DTYPES, PIECE_ELEMENTS, ModelSource, Piece, SourceTensor, common_dtype
-from rekindle.store.safetensors_file import TensorEntry, tensor_index
+from rekindle.store import source_files
+from rekindle.store.model_source import ModelSource, SourceTensor, common_dtype
+from rekindle.store.safetensors_file import tensor_index
+from rekindle.store.source_files import TEMPLATE_NAME, TOKENIZER_CONFIG_NAME, file_tensor, pickled_weights
 from rekindle.store.wording import listed
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+_read_json = partial(source_files.read_json_object, rejected=ModelRejected)
 
 
 def read_huggingface(directory: Path) -> ModelSource:
@@ -32,33 +33,22 @@ def read_huggingface(directory: Path) -> ModelSource:
         if (directory / "adapter_config.json").exists():
             raise ModelRejected(f"{directory} holds an adapter, not a model; add it with `rekindle adapters add`")
         raise ModelRejected(f"{directory} has no config.json; give a Hugging Face model directory or a GGUF file")
-    config = read_json_object(directory / "config.json")
+    config = _read_json(directory / "config.json")
     tokenizer_config = _tokenizer_config(directory)
-    template = _chat_template(directory, tokenizer_config)
+    template = source_files.chat_template(directory, ModelRejected)
     tokenizer_config.pop("chat_template", None)
     files = {
         "tokenizer.json": _tokenizer(directory),
-        "tokenizer_config.json": json.dumps(tokenizer_config, indent=2, ensure_ascii=False).encode(),
+        TOKENIZER_CONFIG_NAME: json.dumps(tokenizer_config, indent=2, ensure_ascii=False).encode(),
     }
     if template is not None:
-        files["chat_template.jinja"] = template.encode()
+        files[TEMPLATE_NAME] = template.encode()
     if (directory / "generation_config.json").exists():
-        generation = read_json_object(directory / "generation_config.json")
+        generation = _read_json(directory / "generation_config.json")
         files["generation_config.json"] = json.dumps(generation, indent=2).encode()
     tensors = _tensors(directory)
     dtype = common_dtype(tensor.dtype for tensor in tensors.values() if len(tensor.shape) == 2)
     return ModelSource(config, dtype, tensors, files)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object a file holds; raises `ModelRejected` if it holds anything else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ModelRejected(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelRejected(f"{path.name} must hold a JSON object, not {type(value).__name__}")
-    return value
 
 
 def _tensors(directory: Path) -> dict[str, SourceTensor]:
@@ -66,8 +56,7 @@ def _tensors(directory: Path) -> dict[str, SourceTensor]:
         return _sharded_tensors(directory)
     if (directory / _SINGLE).exists():
         return _file_tensors(directory / _SINGLE)
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
-    if pickles:
+    if pickles := pickled_weights(directory):
         raise ModelRejected(
             f"{directory} has its weights only in {listed(pickles)}: pickles can run code and are never opened; "
             "convert them with transformers' save_pretrained, which writes safetensors"
@@ -76,7 +65,7 @@ def _tensors(directory: Path) -> dict[str, SourceTensor]:
 
 
 def _sharded_tensors(directory: Path) -> dict[str, SourceTensor]:
-    weight_map = read_json_object(directory / _INDEX).get("weight_map")
+    weight_map = _read_json(directory / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ModelRejected(f"{_INDEX} has no weight_map from tensor names to file names")
     shards = sorted(set(weight_map.values()))
@@ -93,23 +82,7 @@ def _sharded_tensors(directory: Path) -> dict[str, SourceTensor]:
 
 
 def _file_tensors(path: Path) -> dict[str, SourceTensor]:
-    return {name: _source_tensor(path, name, entry) for name, entry in tensor_index(path).items()}
-
-
-def _source_tensor(path: Path, name: str, entry: TensorEntry) -> SourceTensor:
-    def read() -> Iterator[Piece]:
-        item = NUMPY_DTYPES[entry.dtype]
-        left = entry.num_bytes // item.itemsize
-        with path.open("rb", buffering=0) as file:
-            file.seek(entry.offset)
-            while left:
-                piece = np.fromfile(file, item, count=min(left, PIECE_ELEMENTS))
-                if not len(piece):
-                    raise ModelRejected(f"{path.name} was cut short while {name} was read from it")
-                left -= len(piece)
-                yield piece
-
-    return SourceTensor(name, entry.dtype, entry.shape, read)
+    return {name: file_tensor(path, name, entry, ModelRejected) for name, entry in tensor_index(path).items()}
 
 
 def _tokenizer(directory: Path) -> bytes:
@@ -120,16 +93,16 @@ def _tokenizer(directory: Path) -> bytes:
             f"{directory} has {only}; tokenizer.json is needed: load it with transformers' AutoTokenizer and "
             "write it there with save_pretrained"
         )
-    if not isinstance(read_json_object(path).get("model"), dict):
+    if not isinstance(_read_json(path).get("model"), dict):
         raise ModelRejected("tokenizer.json describes no tokenizer: it has no 'model'")
-    return path.read_bytes()
+    return source_files.read_file(path, ModelRejected)
 
 
 def _tokenizer_config(directory: Path) -> dict[str, Any]:
     """tokenizer_config.json with its special tokens as plain strings, completed from special_tokens_map.json."""
     settings, older = (
-        read_json_object(directory / name) if (directory / name).exists() else {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json")
+        _read_json(directory / name) if (directory / name).exists() else {}
+        for name in (TOKENIZER_CONFIG_NAME, "special_tokens_map.json")
     )
     for name in _SPECIAL_TOKENS:
         token = settings.get(name) or older.get(name)
@@ -138,22 +111,3 @@ def _tokenizer_config(directory: Path) -> dict[str, Any]:
         if isinstance(token, str):
             settings[name] = token
     return settings
-
-
-def _chat_template(directory: Path, tokenizer_config: dict[str, Any]) -> str | None:
-    if (path := directory / "chat_template.jinja").exists():
-        try:
-            return path.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise ModelRejected(f"{path.name} is not UTF-8: {error}") from error
-    stored: Any = tokenizer_config.get("chat_template")
-    if (path := directory / "chat_template.json").exists():
-        stored = read_json_object(path).get("chat_template", stored)
-    if isinstance(stored, list):
-        named = {entry["name"]: entry["template"] for entry in stored if {"name", "template"} <= entry.keys()}
-        stored = named.get("default") or (next(iter(named.values())) if len(named) == 1 else None)
-        if stored is None:
-            raise ModelRejected(f"none of the chat templates {listed(sorted(named))} is named 'default'; name one so")
-    if stored is not None and not isinstance(stored, str):
-        raise ModelRejected(f"the chat template must be text or a list of named ones, not {type(stored).__name__}")
-    return stored

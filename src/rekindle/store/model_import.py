@@ -193,15 +193,32 @@ def _manifest(digest: ModelDigest, model: ModelSource, streams: list[TensorStrea
 def _eos_token_ids(model: ModelSource) -> tuple[int, ...]:
     """End-of-text tokens from the generation settings, else the configuration, else the tokenizer."""
     generation = json.loads(model.files.get("generation_config.json", b"{}"))
-    for settings in (generation, model.config):
-        ids = settings.get("eos_token_id")
-        if isinstance(ids, int):
-            return (ids,)
-        if isinstance(ids, list) and ids and all(isinstance(token_id, int) for token_id in ids):
-            return tuple(ids)
+    for file_name, settings in (("generation_config.json", generation), ("config.json", model.config)):
+        stated: Any = settings.get("eos_token_id")
+        ids = stated if isinstance(stated, list) else [stated]
+        if ids and all(type(token_id) is int for token_id in ids):
+            return _in_vocabulary(ids, file_name, model.config["vocab_size"])
+    token_id = _tokenizers_eos_id(model)
+    return () if token_id is None else _in_vocabulary([token_id], "tokenizer.json", model.config["vocab_size"])
+
+
+def _tokenizers_eos_id(model: ModelSource) -> int | None:
     token = json.loads(model.files.get("tokenizer_config.json", b"{}")).get("eos_token")
     tokenizer: dict[str, Any] = json.loads(model.files["tokenizer.json"])
-    added = {entry.get("content"): entry.get("id") for entry in tokenizer.get("added_tokens") or []}
     vocabulary = tokenizer["model"].get("vocab")
-    token_id = added.get(token, vocabulary.get(token) if isinstance(vocabulary, dict) else None)
-    return () if token_id is None else (token_id,)
+    known = dict(vocabulary) if isinstance(vocabulary, dict) else {}
+    for entry in tokenizer.get("added_tokens") or []:
+        known[entry.get("content")] = entry.get("id")
+    token_id = known.get(token) if isinstance(token, str) else None
+    return token_id if type(token_id) is int else None
+
+
+def _in_vocabulary(ids: list[int], file_name: str, vocab_size: int) -> tuple[int, ...]:
+    """The ids that the model has a row for; some checkpoints list tokens of a tokenizer larger than their own."""
+    usable = tuple(token_id for token_id in ids if 0 <= token_id < vocab_size)
+    if not usable:
+        raise ModelRejected(
+            f"{file_name} gives the end of text as {listed([str(token_id) for token_id in ids])}, but the model's "
+            f"vocab_size is {vocab_size}; correct eos_token_id there"
+        )
+    return usable

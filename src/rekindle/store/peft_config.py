@@ -22,12 +22,14 @@ T = TypeVar("T")
 
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 
-_DEFAULT_TARGETS = ("q_proj", "v_proj")
+_DEFAULT_TARGETS = frozenset({"q_proj", "v_proj"})
 """PEFT's targets for every family that is served, where the configuration names none."""
 
 _SAVEABLE = {"lm_head": HEAD, "embed_tokens": EMBEDDING, "model.embed_tokens": EMBEDDING}
 _ALL_LINEAR = "all-linear"
 _MAX_ALPHA = 1e9
+_MAX_LISTED = 10_000
+"""Names or layers in one list; the largest models have a thousand matrices."""
 
 _READ = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "exclude_modules",
@@ -63,8 +65,8 @@ _HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
 class PeftConfig:
     """The fields of adapter_config.json that matter, checked.
 
-    A text in `target_modules` or `exclude_modules` is a regular expression, a tuple a list of names. Patterns keep the
-    file's order: the first that matches counts. `modules_to_save` holds full names of matrices.
+    A text in `target_modules` or `exclude_modules` is a regular expression, a set holds names. Patterns keep the file's
+    order: the first that matches counts. `modules_to_save` holds full names of matrices.
     """
 
     rank: int
@@ -72,9 +74,9 @@ class PeftConfig:
     use_rslora: bool
     rank_pattern: tuple[tuple[str, int], ...]
     alpha_pattern: tuple[tuple[str, float], ...]
-    target_modules: tuple[str, ...] | str
-    exclude_modules: tuple[str, ...] | str
-    layers_to_transform: tuple[int, ...]
+    target_modules: frozenset[str] | str
+    exclude_modules: frozenset[str] | str
+    layers_to_transform: frozenset[int]
     layers_pattern: tuple[str, ...]
     modules_to_save: tuple[str, ...]
     ties_embeddings: bool
@@ -192,8 +194,9 @@ def _is_target(config: PeftConfig, module: ModuleShape, matched: Mapping[str, li
     return layer is not None and int(layer) in config.layers_to_transform
 
 
-def _is_named(name: str, endings: Sequence[str]) -> bool:
-    return any(name == ending or name.endswith("." + ending) for ending in endings)
+def _is_named(name: str, endings: frozenset[str]) -> bool:
+    """Whether one of `endings` is the whole name or what follows one of its dots."""
+    return name in endings or any(name[i + 1 :] in endings for i, letter in enumerate(name) if letter == ".")
 
 
 def _first_value(values: Sequence[tuple[str, T]], matches: Sequence[str | None], default: T) -> T:
@@ -258,20 +261,30 @@ def _pattern_values(field: str, config: Mapping[str, Any], read: Callable[[str, 
     return tuple((key, read(f"{field}[{key!r}]", number)) for key, number in value.items())
 
 
-def _names_or_pattern(field: str, value: Any) -> tuple[str, ...] | str:
-    return value if isinstance(value, str) else _strings(field, value)
+def _names_or_pattern(field: str, value: Any) -> frozenset[str] | str:
+    return value if isinstance(value, str) else frozenset(_strings(field, value))
 
 
 def _strings(field: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise AdapterRejected(f"{field} must be a list of names, not {str(value)[:200]}")
+    _refuse_too_many(field, value)
     return tuple(value)
 
 
-def _layers(value: Any) -> tuple[int, ...]:
+def _layers(value: Any) -> frozenset[int]:
     if not isinstance(value, list) or not all(type(item) is int for item in value):
         raise AdapterRejected(f"layers_to_transform must be a layer or a list of layers, not {str(value)[:200]}")
-    return tuple(value)
+    _refuse_too_many("layers_to_transform", value)
+    return frozenset(value)
+
+
+def _refuse_too_many(field: str, value: Sequence[Any]) -> None:
+    if len(value) > _MAX_LISTED:
+        raise AdapterRejected(
+            f"{field} lists {len(value)} entries; at most {_MAX_LISTED} are accepted: name what the base has, or use a "
+            "pattern"
+        )
 
 
 def _layers_pattern(value: Any) -> tuple[str, ...]:

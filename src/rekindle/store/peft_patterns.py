@@ -2,7 +2,7 @@
 
 PEFT reads many fields of adapter_config.json as Python regular expressions. Python's matcher backtracks, cannot be
 interrupted and keeps every other thread waiting, so one adapter could hang a server for good. Patterns made of nothing
-but names, dots and escapes have no choices to backtrack over and are matched here; all others, such as
+but names and dots have no choices to backtrack over and are matched here; all others, such as
 `.*layers\\.[02]\\..*`, are matched in a short-lived child process with a limit on its CPU time and memory. The meaning
 is exactly that of Python's `re`, lookaheads included.
 """
@@ -21,9 +21,16 @@ from rekindle.errors import AdapterRejected
 MAX_CPU_S = 1
 """CPU time for all patterns of one adapter; real ones take milliseconds."""
 
+MAX_PATTERNS = 2048
+"""Of one adapter. One for the rank and one for alpha of every matrix of a model with 126 layers make 1,764."""
+
+MAX_PATTERN_CHARS = 1 << 18
+"""Of all patterns of one adapter; those of full names in such a model have 100,000."""
+
 _MAX_WALL_S = 60.0
 _MAX_MEMORY_BYTES = 1 << 30
-_WITHOUT_CHOICES = re.compile(r"[\w.\-^$\\]*")
+_WITHOUT_CHOICES = re.compile(r"\^?(?:[\w.\-]|\\[.\-])*\$?")
+"""Each part takes a letter of the name, so that no length of such a pattern makes a match slow."""
 
 _CHILD = """
 import json, re, resource, sys
@@ -63,8 +70,16 @@ def match_all(patterns: Sequence[Pattern], names: Sequence[str]) -> list[list[st
     """For each pattern, for each name: what its group matched, or None where the pattern does not match.
 
     Raises:
-        AdapterRejected: a pattern is not a valid regular expression, or the patterns take too long.
+        AdapterRejected: a pattern is not a valid regular expression, they are too many, or take too long.
     """
+    num_chars = sum(len(pattern.text) for pattern in patterns)
+    if len(patterns) > MAX_PATTERNS or num_chars > MAX_PATTERN_CHARS:
+        fields = ", ".join(sorted({pattern.field for pattern in patterns}))
+        raise AdapterRejected(
+            f"adapter_config.json holds {len(patterns)} patterns of module names with {num_chars} characters "
+            f"({fields}); at most {MAX_PATTERNS} with {MAX_PATTERN_CHARS} are matched: let one pattern stand for "
+            "several modules"
+        )
     if all(_WITHOUT_CHOICES.fullmatch(pattern.text) for pattern in patterns):
         return [_match_here(pattern, names) for pattern in patterns]
     return _match_in_child(patterns, names)

@@ -24,6 +24,9 @@ DATA_ALIGNMENT_BYTES = 4096
 MAX_HEADER_BYTES = 100_000_000
 """The format's own bound."""
 
+MAX_DIMENSIONS = 8
+"""Of one tensor; models and adapters have two."""
+
 DTYPE_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1,
@@ -81,9 +84,11 @@ class SafetensorsHeader:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-def tensor_index(path: Path, *, rejected: type[RequestError] = ModelRejected) -> dict[str, TensorEntry]:
+def tensor_index(
+    path: Path, *, rejected: type[RequestError] = ModelRejected, max_header_bytes: int = MAX_HEADER_BYTES
+) -> dict[str, TensorEntry]:
     """The file's tensors by name, in the order of their bytes. Raises `rejected` as `read_header` does."""
-    return read_header(path, rejected=rejected).entries
+    return read_header(path, rejected=rejected, max_header_bytes=max_header_bytes).entries
 
 
 def data_section(path: Path, *, rejected: type[RequestError] = ModelRejected) -> DataSection:
@@ -91,11 +96,13 @@ def data_section(path: Path, *, rejected: type[RequestError] = ModelRejected) ->
     return read_header(path, rejected=rejected).data
 
 
-def read_header(path: Path, *, rejected: type[RequestError] = ModelRejected) -> SafetensorsHeader:
+def read_header(
+    path: Path, *, rejected: type[RequestError] = ModelRejected, max_header_bytes: int = MAX_HEADER_BYTES
+) -> SafetensorsHeader:
     """Read and check a file's header; its tensors are not read.
 
     Raises:
-        rejected: the file is truncated, longer than its header says, or its header is not a valid one.
+        rejected: the file is truncated, longer than its header says, or its header is too long or not a valid one.
     """
     with path.open("rb") as file:
         file_bytes = os.fstat(file.fileno()).st_size
@@ -103,10 +110,10 @@ def read_header(path: Path, *, rejected: type[RequestError] = ModelRejected) -> 
         if len(prefix) < 8:
             raise rejected(f"{path.name} is not a safetensors file: it holds {file_bytes} bytes")
         header_bytes = int.from_bytes(prefix, "little")
-        if header_bytes > MAX_HEADER_BYTES:
+        if header_bytes > max_header_bytes:
             raise rejected(
-                f"{path.name} is not a safetensors file: its header would be {header_bytes} bytes, "
-                f"at most {MAX_HEADER_BYTES} are allowed"
+                f"{path.name} is not a usable safetensors file: its header would be {header_bytes} bytes, "
+                f"at most {max_header_bytes} are allowed"
             )
         if 8 + header_bytes > file_bytes:
             raise rejected(f"{path.name} is truncated: its header ends at {8 + header_bytes}, the file at {file_bytes}")
@@ -197,10 +204,21 @@ def _parse_entry(name: str, fields: Any, data: DataSection) -> TensorEntry:
         raise ValueError(
             f"tensor {name} lies at {begin}..{end}, outside its {data.num_bytes} bytes of data (truncated?)"
         )
+    _check_shape(name, shape, data)
     expected = prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != expected:
         raise ValueError(f"tensor {name} of {dtype} {shape} needs {expected} bytes, its offsets span {end - begin}")
     return TensorEntry(dtype, tuple(shape), data.offset + begin, end - begin)
+
+
+def _check_shape(name: str, shape: list[int], data: DataSection) -> None:
+    """Refuse what no tensor of this file can have, before sizes of any length are multiplied."""
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} are supported")
+    if 0 not in shape and max(shape, default=0) > data.num_bytes:
+        raise ValueError(
+            f"tensor {name} has a dimension of {str(max(shape))[:40]}, the file only {data.num_bytes} bytes of data"
+        )
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
