@@ -93,7 +93,9 @@ def test_replaced_versions_are_deleted_and_their_numbers_not_used_again(catalog:
     assert catalog.adapter("poet").version == 4
 
 
-@pytest.mark.parametrize("name", ["", " base", "base ", "a\nb", "a\x00b", "x\u202ey", "a\tb", "n" * 257, "\ud800"])
+@pytest.mark.parametrize(
+    "name", ["", " base", "base ", "a\nb", "a\x00b", "x\u202ey", "a\tb", "n" * 257, "\ud800", ".", ".."]
+)
 def test_impossible_names_are_refused(catalog: Catalog, home: Home, name: str) -> None:
     add_base(catalog, home)
     home.adapter_directory(version("1").digest).mkdir()
@@ -113,7 +115,9 @@ def test_impossible_names_are_refused(catalog: Catalog, home: Home, name: str) -
 def test_possible_names_are_kept_as_they_are(catalog: Catalog, home: Home, name: str) -> None:
     add_base(catalog, home)
     add_adapter(catalog, home, name, version("1"))
-    assert catalog.resolve(name).adapter_name == name
+    found = catalog.resolve(name).adapter
+    assert found is not None
+    assert found.name == name
 
 
 def test_a_name_is_a_model_or_an_adapter_but_not_both(catalog: Catalog, home: Home) -> None:
@@ -156,7 +160,9 @@ def test_a_whole_name_is_looked_up_before_it_is_split(catalog: Catalog, home: Ho
     assert catalog.resolve("base:poet").adapter is None
     add_adapter(catalog, home, "base:scribe", version("2"))
     add_adapter(catalog, home, "scribe", version("3"))
-    assert catalog.resolve("base:scribe").adapter_digest == version("2").digest
+    found = catalog.resolve("base:scribe").adapter
+    assert found is not None
+    assert found.manifest.digest == version("2").digest
 
 
 def test_a_name_is_split_at_any_colon_that_leaves_a_base(catalog: Catalog, home: Home) -> None:
@@ -164,7 +170,8 @@ def test_a_name_is_split_at_any_colon_that_leaves_a_base(catalog: Catalog, home:
     add_adapter(catalog, home, "team:poet:v2", version("1"), "org/base:7b")
     resolved = catalog.resolve("org/base:7b:team:poet:v2")
     assert (resolved.base_name, resolved.base_digest) == ("org/base:7b", BASE.digest)
-    assert (resolved.adapter_name, resolved.adapter_digest) == ("team:poet:v2", version("1").digest)
+    assert resolved.adapter is not None
+    assert (resolved.adapter.name, resolved.adapter.manifest.digest) == ("team:poet:v2", version("1").digest)
 
 
 def test_both_names_of_one_model_lead_to_its_adapters(catalog: Catalog, home: Home) -> None:

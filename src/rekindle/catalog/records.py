@@ -44,14 +44,6 @@ class Resolved:
     base_digest: ModelDigest
     adapter: AdapterRecord | None = None
 
-    @property
-    def adapter_name(self) -> str | None:
-        return self.adapter.name if self.adapter else None
-
-    @property
-    def adapter_digest(self) -> AdapterDigest | None:
-        return self.adapter.manifest.digest if self.adapter else None
-
 
 def check_name(name: str) -> None:
     """Raise `InvalidRequest` unless `name` can name a model or an adapter.
@@ -63,6 +55,8 @@ def check_name(name: str) -> None:
         problem = "is empty"
     elif len(name) > MAX_NAME_CHARS:
         problem = f"has {len(name)} characters; at most {MAX_NAME_CHARS} are allowed"
+    elif name in (".", ".."):
+        problem = "means a directory in a URL and could not be asked for"
     elif name != name.strip():
         problem = "begins or ends with a space"
     elif not name.isprintable():

@@ -59,6 +59,7 @@ _FORMS: tuple[tuple[type[RekindleError], _Form], ...] = (
 
 def error_body(message: str, *, type_: str, field: str | None = None, code: str | None = None) -> bytes:
     """The JSON of OpenAI's error object; all four members are always there."""
+    message = message.encode("utf-8", "backslashreplace").decode()  # what it quotes may hold lone surrogates
     return msgspec.json.encode({"error": {"message": message, "type": type_, "param": field, "code": code}})
 
 

@@ -7,6 +7,7 @@ import re
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rekindle.gateway.http_errors import BodyTooLarge, response_of, unexpected_response
@@ -49,6 +50,8 @@ class RequestEnvelope:
                 await body.refuse(scope, send_with_id)
             else:
                 await self._app(scope, body.receive, send_with_id)
+        except ClientDisconnect:
+            return  # while it was sending its body: nobody is left to answer
         except Exception:
             logger.exception("request %s: %s %s failed", request_id, scope["method"], scope["path"])
             if started:

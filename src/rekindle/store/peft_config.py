@@ -28,6 +28,8 @@ _DEFAULT_TARGETS = frozenset({"q_proj", "v_proj"})
 _SAVEABLE = {"lm_head": HEAD, "embed_tokens": EMBEDDING, "model.embed_tokens": EMBEDDING}
 _ALL_LINEAR = "all-linear"
 _MAX_ALPHA = 1e9
+_MAX_RANK = 1 << 20
+"""Far beyond any matrix; only keeps numbers that a float cannot hold out of the arithmetic."""
 _MAX_LISTED = 10_000
 """Names or layers in one list; the largest models have a thousand matrices."""
 
@@ -236,14 +238,16 @@ def _is_on(value: Any) -> bool:
 
 
 def _rank(field: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise AdapterRejected(f"{field} must be a positive integer, not {value!r}")
+    if type(value) is not int or not 1 <= value <= _MAX_RANK:
+        raise AdapterRejected(f"{field} must be an integer from 1 to {_MAX_RANK}, not {str(value)[:80]!r}")
     return value
 
 
 def _number(field: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_MAX_ALPHA <= value <= _MAX_ALPHA:
-        raise AdapterRejected(f"{field} must be a number between -{_MAX_ALPHA:g} and {_MAX_ALPHA:g}, not {value!r}")
+        raise AdapterRejected(
+            f"{field} must be a number between -{_MAX_ALPHA:g} and {_MAX_ALPHA:g}, not {str(value)[:80]!r}"
+        )
     return float(value)
 
 

@@ -108,6 +108,10 @@ def _chosen_template(stored: Any, file_name: str, rejected: Rejected) -> str:
         raise rejected(
             f"chat_template in {file_name} must be text or a list of named ones, not {type(stored).__name__}"
         )
+    try:
+        stored.encode()
+    except UnicodeEncodeError as error:
+        raise rejected(f"chat_template in {file_name} is not valid Unicode: {error}") from error
     return stored
 
 
