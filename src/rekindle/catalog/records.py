@@ -8,7 +8,7 @@ from pathlib import Path
 from rekindle.catalog.tables import MAX_NAME_CHARS
 from rekindle.errors import InvalidRequest
 from rekindle.protocol.adapters import AdapterManifest
-from rekindle.protocol.identity import AdapterDigest, ModelDigest
+from rekindle.protocol.identity import ModelDigest
 from rekindle.protocol.models import ModelManifest
 
 
