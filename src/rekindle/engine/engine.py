@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from rekindle.engine.adapters import AdapterMemory
 from rekindle.engine.kernels.select import select_kernels
 from rekindle.engine.memory import PagePool, page_bytes_for
 from rekindle.engine.models.decoder import Decoder
-from rekindle.engine.models.registry import read_architecture
+from rekindle.engine.models.registry import read_architecture, read_config
 from rekindle.engine.runner import Runner
 from rekindle.engine.scheduler.scheduler import Scheduler, SchedulerConfig
 from rekindle.engine.weights import Weights
@@ -46,7 +45,7 @@ class Engine:
         torch.set_grad_enabled(False)
         dtype = _dtype(settings)
         directory = Path(settings.model_dir)
-        config = json.loads((directory / "config.json").read_text())
+        config = read_config(directory)
         arch = read_architecture(config)
         context_tokens = settings.model.context_length
         weights = Weights(directory / "model.safetensors", dtype, tensor_shapes(config))

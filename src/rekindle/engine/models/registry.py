@@ -10,7 +10,7 @@ from rekindle.engine.models import gemma2, gemma3, llama, mistral, qwen3
 from rekindle.engine.models.architecture import Architecture
 from rekindle.engine.weights import check_tensors
 from rekindle.errors import ModelRejected
-from rekindle.store.model_config import Config
+from rekindle.store.model_config import Config, resolve_config
 from rekindle.store.model_layout import tensor_shapes
 
 FAMILIES: dict[str, Callable[[Config], Architecture]] = {
@@ -32,8 +32,13 @@ def read_architecture(config: Config) -> Architecture:
     return FAMILIES[family](config)
 
 
+def read_config(directory: Path) -> Config:
+    """The configuration of an imported model, which may be from before a field was resolved on import."""
+    return resolve_config(json.loads((directory / "config.json").read_text()))
+
+
 def check_model(directory: Path) -> None:
     """See that the imported model in `directory` can be served; raises `ModelRejected` otherwise."""
-    config = json.loads((directory / "config.json").read_text())
+    config = read_config(directory)
     read_architecture(config)
     check_tensors(directory / "model.safetensors", tensor_shapes(config))
