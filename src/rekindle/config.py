@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -34,6 +35,13 @@ def section(cls: type[T]) -> T:
     return dataclasses.field(default_factory=cls)
 
 
+def check_range(name: str, value: float, least: float, most: float = math.inf) -> None:
+    """For `__post_init__` of a settings dataclass: raise ValueError if a value is out of its range."""
+    if value < least or value > most:
+        limits = f"be at least {least}" if most == math.inf else f"lie in [{least}, {most}]"
+        raise ValueError(f"{name} must {limits}, got {value}")
+
+
 def load(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
     """Read settings of type `cls` from a TOML file, if any, then apply `section.key=value` overrides.
 
@@ -43,8 +51,8 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
     data: dict[str, Any] = {}
     if path is not None:
         try:
-            data = tomllib.loads(path.read_text())
-        except (OSError, tomllib.TOMLDecodeError) as error:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigurationError(f"cannot read settings from {path}: {error}") from error
     for override in overrides:
         _apply(data, override)
@@ -70,7 +78,13 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise ConfigurationError(f"--set {override!r} is not of the form section.key=value")
     *parents, leaf = key.strip().split(".")
     for parent in parents:
-        data = data.setdefault(parent, {})
+        section_data = data.setdefault(parent, {})
+        if not isinstance(section_data, dict):
+            raise ConfigurationError(
+                f"--set {override!r}: {parent} is a section, but the settings already give it the value "
+                f"{section_data!r}; remove that"
+            )
+        data = section_data
     try:
         data[leaf] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -106,16 +120,26 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(value, list):
             raise ConfigurationError(f"{key} must be a list, got {value!r}")
         return tuple(_convert(typing.get_args(hint)[0], item, key) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return _convert_float(value, key)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigurationError(f"{key} must be of type {hint.__name__}, got {value!r}")
     return value
 
 
+def _convert_float(value: float, key: str) -> float:
+    if not math.isfinite(value):
+        raise ConfigurationError(f"{key} must be a finite number, got {value}")
+    return float(value)
+
+
 def _convert_bytes(value: Any, key: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, str):
+        raise ConfigurationError(f"{key} must be a number of bytes or a text such as 4GiB, got {value!r}")
     try:
-        return value if isinstance(value, int) else parse_bytes(str(value))
+        return parse_bytes(value)
     except ValueError as error:
         raise ConfigurationError(f"{key}: {error}") from error
 

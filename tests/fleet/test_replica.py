@@ -152,28 +152,15 @@ async def test_a_request_that_cannot_be_sent_fails_alone() -> None:
         assert replica.restarts_total == 0
 
 
-async def test_draining_finishes_open_streams_and_takes_no_new_ones() -> None:
-    async with running(SLOW) as replica:
-        wanted = request("open", 40)
-        stream = await begin(replica, wanted)
-        drained = asyncio.create_task(replica.drain(30.0))
-        await until(lambda: replica.state is ReplicaState.DRAINING, "it is draining")
-        assert not replica.is_ready
-        with pytest.raises(ReplicaUnavailable, match="shutting down"):
-            await collect(replica, request("late"))
-        assert await drained
-        assert tokens_of(await stream.all()) == expected_tokens(wanted)
-
-
-async def test_draining_gives_up_at_its_deadline_and_stopping_fails_what_is_open() -> None:
+async def test_stopping_fails_what_is_open_and_takes_no_new_requests() -> None:
     async with running(SLOW) as replica:
         stream = await begin(replica, request("open", ENDLESS))
-        assert not await replica.drain(0.05)
         await replica.stop()
         with pytest.raises(ReplicaUnavailable, match="shutting down"):
             await stream.all()
+        with pytest.raises(ReplicaUnavailable, match="shutting down"):
+            await collect(replica, request("late"))
         assert replica.state is ReplicaState.STOPPED
-        assert await replica.drain(1.0)
 
 
 @pytest.mark.parametrize("end", ["stop", "crash", "stop while restarting", "stop while starting"])

@@ -206,14 +206,3 @@ async def test_an_engine_that_leaves_out_tokens_breaks_only_that_stream() -> Non
             async for _ in stream:
                 continue
         assert_complete(good, await other)
-
-
-async def test_draining_goes_on_with_another_engine_when_the_first_dies() -> None:
-    async with running(SLOW) as replica:
-        wanted = request("r", 60)
-        stream = await begin(replica, wanted)
-        drained = asyncio.create_task(replica.drain(30.0))
-        kill(replica)
-        assert_complete(wanted, await stream.all())
-        assert await drained
-        assert replica.state is ReplicaState.DRAINING

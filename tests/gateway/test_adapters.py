@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from rekindle.errors import AdapterRejected, ConfigurationError, ReplicaUnavailable
+from rekindle.gateway.adapter_versions import AdapterVersions
 
 BASE = "org/tiny:v1"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -103,6 +104,24 @@ def test_new_requests_get_the_new_version_while_old_ones_run(server, client, reg
     thread.join()
 
 
+async def test_a_version_that_loses_its_name_before_its_request_begins_is_forgotten_with_it(make_services, tmp_path):
+    services = make_services()
+    base, replica = services.bases[0], services.bases[0].replica
+    (tmp_path / "adapter.txt").write_text("replaced at once")
+    manifest, path = services.import_adapter(tmp_path, base.manifest)
+    adapter = services.catalog.register_adapter("swapped", base.name, manifest, tmp_path)
+    versions = AdapterVersions(services.catalog)
+    services.catalog.remove_adapter("swapped")
+    await versions.retire_unless_named(base, manifest)
+    async with versions.lease(base, adapter):
+        assert replica.adapters == {manifest.digest: path}
+    assert replica.adapters == {}
+    services.catalog.register_adapter("swapped", base.name, manifest, tmp_path)
+    async with versions.lease(base, adapter):
+        pass
+    assert replica.adapters == {manifest.digest: path}
+
+
 def test_a_version_with_two_names_outlives_one_of_them(server, client, register):
     version = register("one-name", server.write_adapter("shared")).json()["version"]
     register("other-name", server.write_adapter("shared"))
@@ -118,6 +137,17 @@ def test_an_adapter_that_only_the_catalog_knows_is_made_known_by_its_first_reque
     assert digest not in server.replica.adapters
     client.chat.completions.create(model="from-before", messages=HELLO)
     assert digest in server.replica.adapters
+
+
+def test_an_adapter_with_a_hostile_chat_template_spoils_its_own_requests_only(server, client, register):
+    source = server.write_adapter("with hostile template", "hostile-template")
+    (source / "chat_template.jinja").write_text("{{ 9**(9**7*4) > 1 }}")
+    register("hostile", source)
+    for _ in range(2):
+        with pytest.raises(openai.BadRequestError, match="chat template"):
+            client.chat.completions.create(model="hostile", messages=HELLO)
+    assert client.chat.completions.create(model=BASE, messages=HELLO).choices[0].message.content
+    assert client.completions.create(model="hostile", prompt="x").choices[0].text
 
 
 def test_an_adapters_own_chat_template_is_used_for_it(server, client, register):
@@ -159,6 +189,16 @@ def test_a_source_outside_the_allowed_directories_is_refused(server, register, t
     for source in (tmp_path, link, server.adapter_root / ".." / ".." / "x", "/etc", "relative", "\0", "x" * 5000):
         error = refusal(register("outside", source), 400)
         assert error["param"] == "source"
+    assert server.catalog.by_name == {}
+
+
+def test_a_file_that_is_a_link_out_of_the_allowed_directories_is_not_read(server, register, tmp_path):
+    source = server.write_adapter("linked", "linked")
+    (tmp_path / "secret").write_text("a secret")
+    (source / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    error = refusal(register("linked", source), 400)
+    assert (error["param"], error["code"]) == ("source", "source_not_allowed")
+    assert "chat_template.jinja" in error["message"]
     assert server.catalog.by_name == {}
 
 

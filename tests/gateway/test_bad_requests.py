@@ -36,6 +36,8 @@ def refusal(response: httpx.Response, status: int = 400) -> dict:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
+        ({"logit_bias": {str(token_id): 1 for token_id in range(301)}}, "logit_bias"),
+        ({"stop_token_ids": [5] * 1025}, "stop_token_ids"),
         ({"messages": []}, "messages"),
         ({"messages": None}, "messages"),
         ({"messages": "hello"}, "messages"),

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import httpx
 import pytest
 from openai.types import Completion
+
+from rekindle.gateway import encoders
+from rekindle.gateway.state import INLINE_BODY_BYTES
 
 MODEL = "org/tiny:v1"
 TEXT = " the quick brown fox"
@@ -118,3 +123,25 @@ def test_best_of_is_accepted_where_it_asks_for_nothing_more(client):
 def test_a_prompt_that_fills_the_context_may_still_be_scored(server, client):
     reply = client.completions.create(model=MODEL, prompt=[5] * 512, max_tokens=0, echo=True, logprobs=0)
     assert reply.usage.prompt_tokens == 512
+
+
+def test_many_and_long_prompts_are_encoded_in_threads_of_their_own_and_keep_their_order(server, client):
+    server.replica.answer = lambda request: request.prompt_token_ids
+    prompts = [f"prompt number {number} " + "the quick brown fox " * 5 for number in range(200)]
+    reply = client.completions.create(model=MODEL, prompt=prompts, max_tokens=200)
+    assert [choice.text for choice in reply.choices] == prompts
+    assert any(thread.name.startswith("text") for thread in threading.enumerate())
+
+
+def test_what_is_said_of_a_prompt_is_encoded_once_for_all_its_choices(server, client, monkeypatch):
+    calls: list[int] = []
+    monkeypatch.setattr(encoders, "_ranked", lambda entry, _: calls.append(entry.token_id) or {})
+    extra = {"prompt_logprobs": 0}
+    reply = client.completions.create(model=MODEL, prompt=[5, 6, 7], n=4, max_tokens=1, extra_body=extra)
+    assert [len(choice.prompt_logprobs) for choice in reply.choices] == [3] * 4
+    assert calls == [6, 7]
+
+
+def test_a_large_body_is_read_in_a_thread(server, client):
+    reply = client.completions.create(model=MODEL, prompt="a", max_tokens=1, user="x" * (INLINE_BODY_BYTES + 1))
+    assert reply.choices[0].text

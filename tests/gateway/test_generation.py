@@ -69,6 +69,19 @@ async def test_a_fault_of_one_sequence_ends_the_request_and_aborts_the_others(ru
     assert run.replica.active == set()
 
 
+async def test_text_that_arrived_before_a_fault_is_handed_over_and_then_the_fault(run):
+    run.replica.failure_after = (2, EngineFailed("lost"))
+    generation, _ = run()
+    async with generation:
+        for _ in range(100):
+            await asyncio.sleep(0)
+        first_two = run.replica.tokenizer.decode(run.replica.encode("the quick brown fox")[:2])
+        assert [delta.text for delta in await generation.next_deltas()] == [first_two]
+        for _ in range(2):
+            with pytest.raises(EngineFailed, match="lost"):
+                await generation.next_deltas()
+
+
 async def test_leaving_early_aborts_what_still_runs(run):
     run.replica.hold_after = 1
     generation, _ = run(num_choices=2)

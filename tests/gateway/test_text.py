@@ -115,7 +115,7 @@ def test_the_bytes_of_a_token_are_the_bytes_it_adds():
 )
 async def test_whether_a_text_begins_with_bos_is_the_models_own_rule(add_bos, text, begins):
     tokenizer = wrapped(BYTE_LEVEL, named={"bos_token": "<s>"}, add_bos=add_bos)
-    ids = await tokenizer.encode(text, add_special_tokens=True)
+    ids = tokenizer.encode(text, add_special_tokens=True)
     assert (ids[0] == BYTE_LEVEL.token_to_id("<s>")) is begins
     assert ids.count(BYTE_LEVEL.token_to_id("<s>")) == int(begins)
 
@@ -125,14 +125,14 @@ async def test_a_bos_of_the_tokenizers_own_is_taken_off_where_the_model_says_so(
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     keeps = wrapped(tokenizer, named={"bos_token": "<s>"})
     drops = wrapped(tokenizer, named={"bos_token": "<s>"}, add_bos=False)
-    assert (await keeps.encode("a", add_special_tokens=True))[0] == 0
-    assert 0 not in await drops.encode("a", add_special_tokens=True)
-    assert 0 not in await keeps.encode("a", add_special_tokens=False)
+    assert keeps.encode("a", add_special_tokens=True)[0] == 0
+    assert 0 not in drops.encode("a", add_special_tokens=True)
+    assert 0 not in keeps.encode("a", add_special_tokens=False)
 
 
 async def test_a_long_text_is_encoded_like_a_short_one():
     text = "the quick brown fox " * 2000
-    assert await wrapped(BYTE_LEVEL).encode(text, add_special_tokens=False) == BYTE_LEVEL.encode(text).ids
+    assert wrapped(BYTE_LEVEL).encode(text, add_special_tokens=False) == BYTE_LEVEL.encode(text).ids
 
 
 def test_special_tokens_are_read_from_the_tokenizers_settings_or_the_models(tmp_path):

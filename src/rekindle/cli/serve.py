@@ -23,6 +23,7 @@ from rekindle.cli.settings import EngineOptions, Settings, available_memory_byte
 from rekindle.clock import SystemClock
 from rekindle.errors import ConfigurationError, RekindleError
 from rekindle.fleet.replica import Replica
+from rekindle.fleet.supervision import Supervision
 from rekindle.gateway.app import create_app
 from rekindle.gateway.lifecycle import Lifecycle
 from rekindle.gateway.seams import ServedBase, Services
@@ -37,6 +38,10 @@ from rekindle.units import MIB, format_bytes
 _BYTES_PER_PARAMETER = {"bfloat16": 2, "float32": 4}
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _MIN_POOL_BYTES = 64 * MIB
+_LAST_BYTES_S = 1
+"""How long connections may take to hand over what is finished, once nothing is in progress or may be any longer."""
+
+_logger = logging.getLogger(__name__)
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -78,9 +83,10 @@ class RekindleServer:
                 port=settings.server.port,
                 log_level="warning",
                 access_log=False,
-                timeout_graceful_shutdown=max(1, round(settings.server.drain_s)),
+                timeout_graceful_shutdown=_LAST_BYTES_S,
             )
         )
+        self._draining: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
         """Listen at once, start the engines beside, and stop in the opposite order; returns the exit code."""
@@ -91,9 +97,11 @@ class RekindleServer:
         try:
             await self._http.serve()
         finally:
-            starting.cancel()
-            with contextlib.suppress(asyncio.CancelledError, RekindleError):
-                await starting
+            for task in (starting, self._draining):
+                if task is not None:
+                    task.cancel()
+                    with contextlib.suppress(asyncio.CancelledError, RekindleError):
+                        await task
             for replica in self._replicas:
                 await replica.stop()
         if starting.done() and not starting.cancelled() and (error := starting.exception()) is not None:
@@ -102,8 +110,20 @@ class RekindleServer:
 
     def _begin_stopping(self) -> None:
         """The first signal drains, the second does not wait."""
-        self._services.lifecycle.begin_draining()
-        self._http.force_exit = self._http.should_exit
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain(), name="drain")
+        else:
+            self._http.force_exit = self._http.should_exit = True
+
+    async def _drain(self) -> None:
+        """Listen on, to refuse what is new in words, until what is open has ended or its time is up; then exit."""
+        lifecycle, limit_s = self._services.lifecycle, self._settings.server.drain_s
+        lifecycle.begin_draining()
+        try:
+            async with asyncio.timeout(limit_s):
+                await lifecycle.idle()
+        except TimeoutError:
+            _logger.warning("%d requests did not end within server.drain_s = %g s", lifecycle.num_active, limit_s)
         self._http.should_exit = True
 
     async def _start_replicas(self) -> None:
@@ -114,11 +134,11 @@ class RekindleServer:
             raise
         await self._http.listening.wait()
         port = self._http.servers[0].sockets[0].getsockname()[1]
-        self._announce(f"http://{self._settings.server.host}:{port}")
+        await self._announce(f"http://{self._settings.server.host}:{port}")
 
-    def _announce(self, url: str) -> None:
+    async def _announce(self, url: str) -> None:
         names = ", ".join(base.name for base in self._services.bases)
-        adapters = [adapter.name for adapter in self._services.catalog.adapters()]
+        adapters = [adapter.name for adapter in await asyncio.to_thread(self._services.catalog.adapters)]
         print(f"rekindle: ready on {url} serving {names} with {len(adapters)} adapters", flush=True)
         if self._show_examples:
             print_examples(url, self._services.bases[0].name, adapters)
@@ -132,7 +152,11 @@ def _build(arguments: argparse.Namespace, settings: Settings, home: Home, catalo
     settings = dataclasses.replace(settings, server=dataclasses.replace(server, **overrides))
     clock = SystemClock()
     engines = _engine_settings(settings.engine, records)
-    replicas = [Replica(engine, clock, name=record.name) for engine, record in zip(engines, records, strict=True)]
+    supervision = Supervision(silence_s=settings.engine.step_limit_s)
+    replicas = [
+        Replica(engine, clock, name=record.name, supervision=supervision)
+        for engine, record in zip(engines, records, strict=True)
+    ]
     bases = tuple(
         ServedBase(record.name, record.manifest, record.path, replica, record.created_s)
         for record, replica in zip(records, replicas, strict=True)

@@ -6,9 +6,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rekindle.config import Bytes, section, setting
+from rekindle.config import Bytes, check_range, section, setting
 from rekindle.errors import ConfigurationError
 from rekindle.units import MIB
+
+MAX_PORT = 65_535
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,11 @@ class ServerSettings:
     adapter_roots: tuple[str, ...] = setting((), "Directories under which adapters may be registered over HTTP.")
     max_body_bytes: Bytes = setting(16 * MIB, "Largest accepted request body.")
     drain_s: float = setting(30.0, "Seconds that open requests get to finish after SIGTERM.")
+
+    def __post_init__(self) -> None:
+        check_range("port", self.port, 0, MAX_PORT)
+        check_range("max_body_bytes", self.max_body_bytes, 1)
+        check_range("drain_s", self.drain_s, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +43,16 @@ class EngineOptions:
     max_sequences: int = setting(256, "Most sequences running at once.")
     max_queued: int = setting(1024, "Most sequences waiting; beyond that requests get 429.")
     deterministic: bool = setting(False, "Make text independent of what else runs, at some cost in speed.")
+    step_limit_s: float = setting(
+        600.0, "Seconds an engine with work may say nothing before it is taken for hung; longer than any step."
+    )
 
     def __post_init__(self) -> None:
-        for name in ("page_tokens", "max_step_tokens", "max_sequences", "max_queued"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("page_tokens", "max_step_tokens", "max_sequences", "max_queued", "step_limit_s"):
+            check_range(name, getattr(self, name), 1)
+        for name in ("memory", "threads"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 1)
 
 
 @dataclass(frozen=True, slots=True)

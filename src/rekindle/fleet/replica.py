@@ -75,8 +75,6 @@ class Replica:
         self._link: EngineLink | None = None
         self._to_send = asyncio.Event()
         self._has_running = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._last_sign_s = 0.0
         self._is_fruitful = False
         self.ready: EngineReady | None = None
@@ -155,16 +153,6 @@ class Replica:
         finally:
             self._close(stream)
 
-    async def drain(self, deadline_s: float) -> bool:
-        """Take no new requests, and wait up to `deadline_s` seconds for the open ones; returns whether all ended."""
-        if self._state not in (ReplicaState.DRAINING, ReplicaState.STOPPED):
-            self._move_to(ReplicaState.DRAINING)
-        try:
-            await asyncio.wait_for(self._idle.wait(), deadline_s)
-        except TimeoutError:
-            _logger.warning("%s: %d requests did not end within %g s", self._name, len(self._requests), deadline_s)
-        return self._idle.is_set()
-
     async def stop(self) -> None:
         """End the engine; requests still open fail. Leaves no process, task or descriptor behind. Safe to repeat."""
         if self._state is not ReplicaState.STOPPED:
@@ -182,7 +170,6 @@ class Replica:
             self._adapters.acquire(request.adapter)
         stream = RequestStream(request)
         self._requests.add(stream)
-        self._idle.clear()
         self._to_send.set()
         return stream
 
@@ -195,7 +182,7 @@ class Replica:
                     "the engine died several times in a row and is being restarted",
                     retry_after_s=self._restarts.retry_after_s(self._clock.monotonic_s()),
                 )
-            case ReplicaState.DRAINING | ReplicaState.STOPPED:
+            case ReplicaState.STOPPED:
                 raise ReplicaUnavailable("the server is shutting down", retry_after_s=1.0)
 
     def _close(self, stream: RequestStream) -> None:
@@ -206,8 +193,6 @@ class Replica:
             self._adapters.release(adapter)
         self._admission.note_departure(len(self._requests))
         self._to_send.set()
-        if not len(self._requests):
-            self._idle.set()
 
     def _move_to(self, state: ReplicaState) -> None:
         check_transition(self._state, state)

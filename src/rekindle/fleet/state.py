@@ -9,20 +9,18 @@ from rekindle.errors import InternalError
 
 class ReplicaState(Enum):
     """STARTING until the first engine is ready and RESTARTING while a later one is not: requests are taken and wait.
-    DRAINING finishes open requests, with another engine if it must, and takes none. STOPPED is final."""
+    STOPPED is final."""
 
     STARTING = "starting"
     READY = "ready"
     RESTARTING = "restarting"
-    DRAINING = "draining"
     STOPPED = "stopped"
 
 
 _NEXT_STATES = {
-    ReplicaState.STARTING: {ReplicaState.READY, ReplicaState.DRAINING, ReplicaState.STOPPED},
-    ReplicaState.READY: {ReplicaState.RESTARTING, ReplicaState.DRAINING, ReplicaState.STOPPED},
-    ReplicaState.RESTARTING: {ReplicaState.READY, ReplicaState.DRAINING, ReplicaState.STOPPED},
-    ReplicaState.DRAINING: {ReplicaState.STOPPED},
+    ReplicaState.STARTING: {ReplicaState.READY, ReplicaState.STOPPED},
+    ReplicaState.READY: {ReplicaState.RESTARTING, ReplicaState.STOPPED},
+    ReplicaState.RESTARTING: {ReplicaState.READY, ReplicaState.STOPPED},
     ReplicaState.STOPPED: set(),
 }
 

@@ -21,7 +21,7 @@ class Supervision:
     """
 
     start_s: float = 300.0
-    silence_s: float = 120.0
+    silence_s: float = 600.0
     stop_s: float = 5.0
     backoff_s: float = 0.25
     max_backoff_s: float = 15.0

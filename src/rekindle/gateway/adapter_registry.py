@@ -17,7 +17,9 @@ from rekindle.errors import Conflict, InvalidRequest, NotFound, RekindleError
 from rekindle.gateway.adapter_versions import AdapterVersions
 from rekindle.gateway.schemas import AdapterBody
 from rekindle.gateway.seams import AdapterImporter, Catalog, RegisteredAdapter, ServedBase
+from rekindle.gateway.worker_threads import WorkerThreads
 from rekindle.protocol.adapters import AdapterManifest
+from rekindle.store.adapter_source import resolve_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,15 @@ class AdapterRegistry:
         import_adapter: AdapterImporter,
         versions: AdapterVersions,
         roots: Sequence[Path],
+        importers: WorkerThreads,
     ) -> None:
         self._bases = {base.name: base for base in bases}
         self._by_digest = {base.manifest.digest: base for base in bases}
         self._catalog = catalog
         self._import_adapter = import_adapter
         self._versions = versions
-        self._roots = tuple(root.resolve() for root in roots)
+        self._roots = tuple(roots)
+        self._importers = importers
         self._turns: dict[str, _Turn] = {}
 
     async def list(self) -> list[RegisteredAdapter]:
@@ -94,11 +98,11 @@ class AdapterRegistry:
                     "first or choose another name",
                     field="name",
                 )
-            source = await asyncio.to_thread(self._allowed_source, body.source)
-            manifest, path = await asyncio.to_thread(self._import_adapter, source, base.manifest)
+            source = await self._importers.run(self._allowed_source, body.source)
+            manifest, path = await self._importers.run(self._import_adapter, source, base.manifest)
             adapter = await self._switch(body.name, base, manifest, path, source)
             if before is not None and before.manifest.digest != manifest.digest:
-                await self._retire_unless_named(base, before.manifest)
+                await self._versions.retire_unless_named(base, before.manifest)
             return Registered(adapter, is_new=before is None)
 
     async def remove(self, name: str) -> RegisteredAdapter:
@@ -110,7 +114,7 @@ class AdapterRegistry:
         async with self._turn(name):
             adapter = await self.get(name)
             removed = await asyncio.to_thread(self._catalog.remove_adapter, name)
-            await self._retire_unless_named(self.base_of(adapter), removed.manifest)
+            await self._versions.retire_unless_named(self.base_of(adapter), removed.manifest)
             return removed
 
     async def _switch(
@@ -121,12 +125,8 @@ class AdapterRegistry:
             await self._versions.announce(base, manifest, path)
             return await asyncio.to_thread(self._catalog.register_adapter, name, base.name, manifest, source)
         except RekindleError:
-            await self._retire_unless_named(base, manifest)
+            await self._versions.retire_unless_named(base, manifest)
             raise
-
-    async def _retire_unless_named(self, base: ServedBase, manifest: AdapterManifest) -> None:
-        if all(adapter.manifest.digest != manifest.digest for adapter in await self.list()):
-            await self._versions.retire(base, manifest)
 
     async def _find(self, name: str) -> RegisteredAdapter | None:
         try:
@@ -168,20 +168,7 @@ class AdapterRegistry:
         return self._bases[name]
 
     def _allowed_source(self, source: str) -> Path:
-        """The directory meant, with links followed, so that no link leads out of the allowed roots."""
         try:
-            path = Path(source).resolve()
-            allowed = any(path.is_relative_to(root) for root in self._roots)
-            is_directory = allowed and path.is_dir()
-        except (OSError, ValueError, RuntimeError) as error:
+            return resolve_source(source, self._roots)
+        except (OSError, ValueError) as error:  # a name too long, or one no file system can hold
             raise InvalidRequest(f"`source` is not a path: {error}", field="source", code="invalid_value") from error
-        if not allowed:
-            raise InvalidRequest(
-                f"`source` {source!r} lies outside the directories adapters may come from; the operator of the server "
-                "sets these",
-                field="source",
-                code="source_not_allowed",
-            )
-        if not is_directory:
-            raise InvalidRequest(f"`source` {source!r} is not a directory", field="source", code="invalid_value")
-        return path

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from rekindle.errors import ConfigurationError
 from rekindle.gateway.documentation import body_schema
 from rekindle.gateway.fields import ADAPTER_FIELDS
-from rekindle.gateway.schemas import AdapterBody, parse_body
+from rekindle.gateway.schemas import AdapterBody
 from rekindle.gateway.seams import RegisteredAdapter
 from rekindle.gateway.state import GatewayState, state_of
 
@@ -25,7 +25,7 @@ MAX_PAGE_ADAPTERS = 1000
 async def register_adapter(request: Request, state: State) -> Response:
     """Register an adapter, or a new version of one: 201 for a new name, 200 otherwise. The work is finished even if
     the client leaves."""
-    body = parse_body(await request.body(), AdapterBody, ADAPTER_FIELDS)
+    body = await state.read_body(request, AdapterBody, ADAPTER_FIELDS)
     with state.services.lifecycle.work(state.services.settings.retry_after_s):
         registered = await state.adapters.register(body)
     status = HTTPStatus.CREATED if registered.is_new else HTTPStatus.OK

@@ -23,7 +23,7 @@ def create_app(services: Services) -> FastAPI:
     """An application over these services; it starts and stops none of them.
 
     Raises:
-        ConfigurationError: the tokenizer or the settings of a base cannot be read.
+        ConfigurationError: the tokenizer, chat template or settings of a base cannot be used.
     """
     kinds = (RekindleError, RequestValidationError, HTTPException)
     app = FastAPI(title="Rekindle", version=VERSION, exception_handlers=dict.fromkeys(kinds, _answer_error))

@@ -1,12 +1,12 @@
 """Chat templates: from messages to the text a model was tuned on.
 
-Templates come with models and adapters, so they are other people's code: they run in Jinja's immutable sandbox with
+Templates come with models and adapters, so they are other people's code: they run in a sandbox of limited means with
 the helpers Hugging Face templates rely on, and a fault in one is a fault of the request, never of the server.
 """
 
 from __future__ import annotations
 
-import json
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,18 +16,19 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rekindle.clock import Clock
 from rekindle.errors import InvalidRequest
+from rekindle.gateway.template_sandbox import BoundedEnvironment
 
 FINAL_MESSAGE_END = "\ue000rekindle-final-message-end\ue000"
 """Marks the end of a message that is to be continued; private-use characters, so no prompt contains it by accident."""
 
-MESSAGE_FAULTS = (
-    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
-)  # fmt: skip
-"""What template code raises when messages are not of the shape it expects."""
+MAX_TEMPLATE_CHARS = 1 << 16
+"""Python compiles a template of this size in a fraction of a second, during which no other thread runs; the largest
+in use have a third of it."""
+MAX_FAULT_CHARS = 300
+MAX_TIME_FORMAT_CHARS = 256
 
 Message = Mapping[str, Any]
 
@@ -44,7 +45,8 @@ class _GenerationTag(Extension):
 
 
 class ChatTemplate:
-    """A compiled template of one model or adapter version."""
+    """A compiled template of one model or adapter version. Whoever renders it in a thread holds `turn`: Python runs one
+    render at a time anyway, and a template that is slow then keeps one thread busy and not all."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], clock: Clock) -> None:
         """Compile `source`.
@@ -54,10 +56,14 @@ class ChatTemplate:
         """
         self._special_tokens = dict(special_tokens)
         self._knows_developer = "developer" in source
+        self.turn = asyncio.Lock()
+        self._environment = _environment(clock)
+        if len(source) > MAX_TEMPLATE_CHARS:
+            raise _invalid(f"it has {len(source)} characters; the limit is {MAX_TEMPLATE_CHARS}")
         try:
-            self._template = _environment(clock).from_string(source)
-        except jinja2.TemplateError as error:
-            raise InvalidRequest(f"the model's chat template is not valid: {error}", field="messages") from error
+            self._template = self._environment.from_string(source)
+        except Exception as error:  # Jinja and Python's compiler refuse foreign code in many ways
+            raise _invalid(_fault(error)) from error
 
     def render(
         self,
@@ -86,10 +92,11 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            text = self._template.render(variables)
-        except MESSAGE_FAULTS as error:
+            with self._environment.limited():
+                text = self._template.render(variables)
+        except Exception as error:  # foreign code: whatever it raises is a fault of the request
             raise InvalidRequest(
-                f"the model's chat template refused the messages: {error}", field="messages"
+                f"the model's chat template refused the messages: {_fault(error)}", field="messages"
             ) from error
         return _cut_at_final_message(text) if continue_final_message else text
 
@@ -119,33 +126,33 @@ def _cut_at_final_message(text: str) -> str:
     return text[:end]
 
 
-def _environment(clock: Clock) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _invalid(reason: str) -> InvalidRequest:
+    return InvalidRequest(f"the model's chat template is not valid: {reason}", field="messages")
+
+
+def _fault(error: Exception) -> str:
+    if isinstance(error, jinja2.TemplateError):
+        return str(error)[:MAX_FAULT_CHARS]
+    return f"{type(error).__name__}: {error!s:.{MAX_FAULT_CHARS}}"
+
+
+def _environment(clock: Clock) -> BoundedEnvironment:
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, LoopControlExtension]
     )
-    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now(clock)
     return environment
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Plain JSON: Jinja's own filter escapes for HTML, which models were not trained on."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _raise_exception(message: object) -> None:
+    raise jinja2.TemplateError(message if isinstance(message, str) else f"a {type(message).__name__}")
 
 
 def _strftime_now(clock: Clock) -> Callable[[str], str]:
     def strftime_now(form: str) -> str:
+        if len(form) > MAX_TIME_FORMAT_CHARS:
+            raise jinja2.TemplateError(f"a time format may have {MAX_TIME_FORMAT_CHARS} characters, got {len(form)}")
         return datetime.fromtimestamp(clock.unix_s(), tz=UTC).strftime(form)
 
     return strftime_now

@@ -187,9 +187,30 @@ class Echo:
     token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _TokenLists:
+    """The parallel lists of a completion's `logprobs`."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+    def followed_by(self, later: _TokenLists) -> _TokenLists:
+        return _TokenLists(
+            self.tokens + later.tokens,
+            self.token_logprobs + later.token_logprobs,
+            self.top_logprobs + later.top_logprobs,
+            self.text_offset + later.text_offset,
+        )
+
+    def encode(self) -> bytes:
+        return _encode(self)
+
+
 class CompletionEncoder:
     """text_completion, streamed or whole. `echoes` holds one entry per prompt, or nothing; a prompt has
-    `choices_per_prompt` choices, which follow one another."""
+    `choices_per_prompt` choices, which follow one another and share what is said of the prompt: it is encoded once."""
 
     def __init__(
         self,
@@ -207,6 +228,8 @@ class CompletionEncoder:
         self._echoes = echoes
         self._frame = _EventFrame(heading, "text_completion", include_usage=form.include_usage)
         self._opened: set[int] = set()
+        self._prompt_lists: dict[int, _TokenLists] = {}
+        self._prompt_logprobs: dict[int, bytes] = {}
 
     def opening(self, num_choices: int) -> bytes:
         return b""
@@ -228,8 +251,11 @@ class CompletionEncoder:
         start = self._heading.encode("text_completion")
         return start + b',"choices":[' + b",".join(choices) + b'],"usage":' + usage.encode() + b"}"
 
+    def _prompt_of(self, index: int) -> int:
+        return index // self._choices_per_prompt
+
     def _echo_of(self, index: int) -> Echo | None:
-        return self._echoes[index // self._choices_per_prompt] if self._echoes else None
+        return self._echoes[self._prompt_of(index)] if self._echoes else None
 
     def _choice(self, outcome: Outcome, *, echo: Echo | None) -> bytes:
         text = "".join(outcome.text)
@@ -238,28 +264,40 @@ class CompletionEncoder:
             _encode(text if echo is None else echo.text + text),
             self._logprobs(outcome, echo) if self._form.with_logprobs else b"null",
             _encode(outcome.finish_reason),
-            _prompt_logprobs_member(outcome, self._form, self._tokenizer),
+            self._prompt_logprobs_member(outcome),
         )
+
+    def _prompt_logprobs_member(self, outcome: Outcome) -> bytes:
+        prompt = self._prompt_of(outcome.index)
+        if prompt not in self._prompt_logprobs:
+            self._prompt_logprobs[prompt] = _prompt_logprobs_member(outcome, self._form, self._tokenizer)
+        return self._prompt_logprobs[prompt]
 
     def _logprobs(self, outcome: Outcome, echo: Echo | None) -> bytes:
         """The four parallel lists. Offsets count characters of the choice's own text, an echoed prompt included."""
-        entries: list[TokenLogprobs | None] = list(outcome.tokens)
-        token_ids = [token.token_id for token in outcome.tokens]
-        offsets = outcome.text_offsets
         prompt = self._echo_of(outcome.index)
-        if prompt is not None:
-            offsets = [len(prompt.text) + offset for offset in offsets]
-        if echo is not None:
-            prompt_entries = outcome.prompt_logprobs or (None,) * len(echo.token_ids)
-            entries = [*prompt_entries, *entries]
-            token_ids = [*echo.token_ids, *token_ids]
-            offsets = [*self._offsets_in(echo), *offsets]
-        return _encode({
-            "tokens": [self._name(token_id) for token_id in token_ids],
-            "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in entries],
-            "top_logprobs": [None if entry is None else self._top(entry) for entry in entries],
-            "text_offset": offsets,
-        })  # fmt: skip
+        num_echoed_chars = 0 if prompt is None else len(prompt.text)
+        token_ids = [token.token_id for token in outcome.tokens]
+        offsets = [num_echoed_chars + offset for offset in outcome.text_offsets]
+        lists = self._lists(token_ids, outcome.tokens, offsets)
+        return (lists if echo is None else self._lists_of_prompt(outcome, echo).followed_by(lists)).encode()
+
+    def _lists_of_prompt(self, outcome: Outcome, echo: Echo) -> _TokenLists:
+        prompt = self._prompt_of(outcome.index)
+        if prompt not in self._prompt_lists:
+            entries = outcome.prompt_logprobs or (None,) * len(echo.token_ids)
+            self._prompt_lists[prompt] = self._lists(echo.token_ids, entries, self._offsets_in(echo))
+        return self._prompt_lists[prompt]
+
+    def _lists(
+        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None], offsets: list[int]
+    ) -> _TokenLists:
+        return _TokenLists(
+            tokens=[self._name(token_id) for token_id in token_ids],
+            token_logprobs=[None if entry is None else _finite(entry.logprob) for entry in entries],
+            top_logprobs=[None if entry is None else self._top(entry) for entry in entries],
+            text_offset=offsets,
+        )
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
         """The alternatives and the token itself, which may be one of them."""

@@ -32,6 +32,7 @@ class Generation:
         self._observer = observer
         self._mailbox: asyncio.Queue[Delta | BaseException] = asyncio.Queue(MAILBOX_DELTAS)
         self._num_running = len(sequences)
+        self._fault: BaseException | None = None
         self._readers: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Generation:
@@ -47,17 +48,22 @@ class Generation:
 
     async def next_deltas(self) -> list[Delta]:
         """What has arrived since the last call, at most one delta for each choice; waits for the first. Empty once
-        all sequences have finished.
+        all sequences have finished. What arrived before a fault is handed over first; the next call raises.
 
         Raises:
             RekindleError: a sequence could not be started or carried on.
         """
+        if self._fault is not None:
+            raise self._fault
         if not self._num_running:
             return []
         merged: dict[int, Delta] = {}
         arrived = await self._mailbox.get()
         while True:
             if isinstance(arrived, BaseException):
+                self._fault = arrived
+                if merged:
+                    return list(merged.values())
                 raise arrived
             earlier = merged.get(arrived.index)
             merged[arrived.index] = arrived if earlier is None else earlier.followed_by(arrived)

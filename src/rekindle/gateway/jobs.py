@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from rekindle.gateway.encoders import ChatEncoder, CompletionEncoder, Echo, Head
 from rekindle.gateway.messages import plain_messages
 from rekindle.gateway.reply import GenerationJob
 from rekindle.gateway.sampling import Length, check_token_ids, fit_context, sampling_params, seed_of_choice
-from rekindle.gateway.schemas import ChatBody, CompletionBody, GenerationBody, Prompt
+from rekindle.gateway.schemas import ChatBody, CompletionBody, GenerationBody
 from rekindle.gateway.seams import RegisteredAdapter
 from rekindle.gateway.served_model import ServedModel
 from rekindle.gateway.settings import GatewaySettings
@@ -86,7 +85,7 @@ class JobFactory:
         """
         num_choices = self._num_choices(body, num_prompts=len(body.prompt))
         _check_completion(body, num_choices)
-        prompts = [await _prompt_ids(prompt, body, target.model) for prompt in body.prompt]
+        prompts = await _prompts_ids(body, target.model)
         prompt_logprobs = body.prompt_logprobs
         if body.echo and body.logprobs is not None:
             prompt_logprobs = max(body.logprobs, body.prompt_logprobs or 0)
@@ -173,27 +172,30 @@ def _check_completion(body: CompletionBody, num_choices: int) -> None:
 
 
 async def _chat_prompt(body: ChatBody, target: Target) -> tuple[int, ...]:
-    """Rendering runs in a thread: a template is foreign code and may be slow over many messages."""
     template = await target.model.chat_template(target.adapter)
     messages = plain_messages(body.messages)
     add_prompt = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
-    text = await asyncio.to_thread(
-        template.render,
+    text = await target.model.render(
+        template,
         messages,
         add_generation_prompt=add_prompt,
         continue_final_message=bool(body.continue_final_message),
         extra=body.chat_template_kwargs,
     )
-    ids = await target.model.tokenizer.encode(text, add_special_tokens=bool(body.add_special_tokens))
-    return _not_empty(tuple(ids), "messages")
+    (ids,) = await target.model.encode([text], add_special_tokens=bool(body.add_special_tokens))
+    return _not_empty(ids, "messages")
 
 
-async def _prompt_ids(prompt: Prompt, body: CompletionBody, model: ServedModel) -> tuple[int, ...]:
-    if isinstance(prompt, str):
-        ids = await model.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
-        return _not_empty(tuple(ids), "prompt")
-    check_token_ids(prompt, model.base.manifest.vocab_size, "prompt")
-    return prompt
+async def _prompts_ids(body: CompletionBody, model: ServedModel) -> list[tuple[int, ...]]:
+    """Token ids of each prompt; one request's prompts are all texts or all token ids."""
+    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+    if texts:
+        encoded = await model.encode(texts, add_special_tokens=body.add_special_tokens is not False)
+        return [_not_empty(ids, "prompt") for ids in encoded]
+    prompts = [prompt for prompt in body.prompt if not isinstance(prompt, str)]
+    for prompt in prompts:
+        check_token_ids(prompt, model.base.manifest.vocab_size, "prompt")
+    return prompts
 
 
 def _not_empty(ids: tuple[int, ...], field: str) -> tuple[int, ...]:

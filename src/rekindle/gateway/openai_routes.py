@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from rekindle.gateway.documentation import body_schema
 from rekindle.gateway.fields import CHAT_FIELDS, COMPLETION_FIELDS
 from rekindle.gateway.reply import GenerationReply
-from rekindle.gateway.schemas import ChatBody, CompletionBody, parse_body
+from rekindle.gateway.schemas import ChatBody, CompletionBody
 from rekindle.gateway.seams import RegisteredAdapter
 from rekindle.gateway.served_model import ServedModel
 from rekindle.gateway.state import GatewayState, state_of
@@ -22,7 +22,7 @@ OWNER = "rekindle"
 @router.post("/chat/completions", openapi_extra=body_schema(ChatBody))
 async def create_chat_completion(request: Request, state: State) -> Response:
     """Answer a conversation, whole or as a stream of events."""
-    body = parse_body(await request.body(), ChatBody, CHAT_FIELDS)
+    body = await state.read_body(request, ChatBody, CHAT_FIELDS)
     target = await state.resolve(body.model)
     return GenerationReply(await state.jobs.chat(body, target), state.runner)
 
@@ -30,7 +30,7 @@ async def create_chat_completion(request: Request, state: State) -> Response:
 @router.post("/completions", openapi_extra=body_schema(CompletionBody))
 async def create_completion(request: Request, state: State) -> Response:
     """Continue one or more prompts, whole or as a stream of events."""
-    body = parse_body(await request.body(), CompletionBody, COMPLETION_FIELDS)
+    body = await state.read_body(request, CompletionBody, COMPLETION_FIELDS)
     target = await state.resolve(body.model)
     return GenerationReply(await state.jobs.completion(body, target), state.runner)
 

@@ -13,6 +13,8 @@ from rekindle.gateway.served_model import ServedModel
 from rekindle.protocol.sampling import SamplingParams
 
 SEED_BITS = 63
+MAX_LOGIT_BIASES = 300
+MAX_STOP_TOKEN_IDS = 1024
 
 Number = TypeVar("Number", int, float)
 
@@ -27,6 +29,7 @@ def sampling_params(
     """
     defaults, vocab_size = model.defaults, model.base.manifest.vocab_size
     stop_token_ids = tuple(body.stop_token_ids or ())
+    _check_count("stop_token_ids", len(stop_token_ids), MAX_STOP_TOKEN_IDS)
     check_token_ids(stop_token_ids, vocab_size, "stop_token_ids")
     if not body.ignore_eos:
         stop_token_ids += tuple(i for i in model.eos_token_ids if i not in stop_token_ids)
@@ -101,6 +104,7 @@ def check_token_ids(token_ids: tuple[int, ...], vocab_size: int, field: str) -> 
 
 
 def _logit_bias(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
+    _check_count("logit_bias", len(biases), MAX_LOGIT_BIASES)
     pairs = []
     for key, bias in biases.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size):
@@ -112,6 +116,13 @@ def _logit_bias(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, f
             )
         pairs.append((int(key), bias))
     return tuple(pairs)
+
+
+def _check_count(field: str, count: int, limit: int) -> None:
+    if count > limit:
+        raise InvalidRequest(
+            f"`{field}` may hold up to {limit} entries, got {count}; send fewer", field=field, code="invalid_value"
+        )
 
 
 def _or(value: Number | None, default: Number) -> Number:

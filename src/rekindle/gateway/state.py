@@ -9,13 +9,21 @@ from fastapi import Request
 from rekindle.errors import NotFound
 from rekindle.gateway.adapter_registry import AdapterRegistry
 from rekindle.gateway.adapter_versions import AdapterVersions
+from rekindle.gateway.fields import KnownFields
 from rekindle.gateway.jobs import JobFactory, Target
 from rekindle.gateway.metrics import GatewayMetrics
 from rekindle.gateway.reply import JobRunner
+from rekindle.gateway.schemas import Body, parse_body
 from rekindle.gateway.seams import Services
 from rekindle.gateway.served_model import ServedModel
+from rekindle.gateway.worker_threads import WorkerThreads
 
 SHOWN_NAME_CHARS = 200
+INLINE_BODY_BYTES = 1 << 16
+"""Bodies up to this size are read on the event loop (about a millisecond), larger ones in a thread."""
+NUM_TEXT_THREADS = 4
+"""Rendering holds the interpreter lock, encoding does not."""
+NUM_IMPORT_THREADS = 2
 
 
 class GatewayState:
@@ -25,17 +33,30 @@ class GatewayState:
         """Load the text side of every base.
 
         Raises:
-            ConfigurationError: a base's tokenizer or settings cannot be read.
+            ConfigurationError: a base's tokenizer, chat template or settings cannot be used.
         """
         self.services = services
-        self.models = {base.manifest.digest: ServedModel(base, services.clock) for base in services.bases}
+        self.texts = WorkerThreads("text", NUM_TEXT_THREADS)
+        self.models = {base.manifest.digest: ServedModel(base, services.clock, self.texts) for base in services.bases}
         self.metrics = GatewayMetrics(services.bases, services.clock)
-        versions = AdapterVersions()
+        versions = AdapterVersions(services.catalog)
         self.adapters = AdapterRegistry(
-            services.bases, services.catalog, services.import_adapter, versions, services.settings.adapter_roots
+            services.bases,
+            services.catalog,
+            services.import_adapter,
+            versions,
+            services.settings.adapter_roots,
+            WorkerThreads("import", NUM_IMPORT_THREADS),
         )
         self.jobs = JobFactory(services.settings, services.clock)
         self.runner = JobRunner(versions, self.metrics, services.lifecycle, services.settings)
+
+    async def read_body(self, request: Request, schema: type[Body], known: KnownFields) -> Body:
+        """The body of a request, as `parse_body` reads it."""
+        raw = await request.body()
+        if len(raw) <= INLINE_BODY_BYTES:
+            return parse_body(raw, schema, known)
+        return await self.texts.run(parse_body, raw, schema, known)
 
     async def resolve(self, name: str) -> Target:
         """What a request's `model` means now.

@@ -1,0 +1,87 @@
+"""The server as a whole, told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+from rekindle.cli.serve import RekindleServer
+from rekindle.cli.settings import ServerSettings, Settings
+
+BODY = {"model": "org/tiny:v1", "prompt": "hello", "max_tokens": 400}
+
+
+@dataclass
+class Serving:
+    """A server that listens, the exit code to come, a client of it, and a request that waits for the replica."""
+
+    exit_code: asyncio.Task[int]
+    client: httpx.AsyncClient
+    open_request: asyncio.Task[httpx.Response]
+
+
+@pytest.fixture
+def serving(make_services):
+    @asynccontextmanager
+    async def serving(drain_s: float) -> AsyncIterator[Serving]:
+        services = make_services()
+        replica = services.bases[0].replica
+        replica.hold_after = 1
+        server = RekindleServer(Settings(ServerSettings(port=0, drain_s=drain_s)), services, [], show_examples=False)
+        exit_code = asyncio.create_task(server.run())
+        await server._http.listening.wait()
+        port = server._http.servers[0].sockets[0].getsockname()[1]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+            open_request = asyncio.create_task(client.post("/v1/completions", json=BODY))
+            while not replica.active:
+                await asyncio.sleep(0.002)
+            serving.replica = replica
+            yield Serving(exit_code, client, open_request)
+            open_request.cancel()
+            await asyncio.gather(open_request, return_exceptions=True)
+
+    return serving
+
+
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+async def test_a_server_told_to_stop_refuses_in_words_until_open_requests_have_ended(serving):
+    async with serving(drain_s=1000.0) as running:
+        send(signal.SIGTERM)
+        while (ready := await running.client.get("/ready")).status_code == 200:
+            await asyncio.sleep(0.002)
+        assert ready.json()["status"] == "draining"
+        refused = await running.client.post("/v1/completions", json=BODY)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert not running.exit_code.done()
+        serving.replica.release()
+        assert (await running.open_request).json()["choices"][0]["text"] == "the quick brown fox"
+        assert await running.exit_code == 0
+        with pytest.raises(httpx.ConnectError):
+            await running.client.get("/ready")
+
+
+async def test_a_second_signal_does_not_wait_for_open_requests(serving):
+    async with serving(drain_s=1000.0) as running:
+        send(signal.SIGTERM)
+        while (await running.client.get("/ready")).status_code == 200:
+            await asyncio.sleep(0.002)
+        send(signal.SIGINT)
+        assert await running.exit_code == 0
+        assert serving.replica.active
+
+
+async def test_open_requests_are_given_up_when_the_time_to_drain_is_over(serving):
+    async with serving(drain_s=0.01) as running:
+        send(signal.SIGTERM)
+        assert await running.exit_code == 0
+        assert not serving.replica.active
