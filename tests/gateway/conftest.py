@@ -323,10 +323,11 @@ ServerFactory = Callable[..., contextlib.AbstractContextManager[RunningServer]]
 def make_services(
     model_dir: Path, base_manifest: ModelManifest, tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> ServicesFactory:
-    def make(**settings: object) -> Services:
+    def make(other_names: tuple[str, ...] = (), **settings: object) -> Services:
         replica = ScriptedReplica(tiny_tokenizer)
-        base = ServedBase(BASE_NAME, base_manifest, model_dir, replica, created_s=1_700_000_000)
-        catalog = MemoryCatalog({BASE_NAME: base_manifest.digest, "not/served": ModelDigest("0" * 64)})
+        base = ServedBase(BASE_NAME, base_manifest, model_dir, replica, 1_700_000_000, other_names)
+        served = dict.fromkeys(base.names, base_manifest.digest)
+        catalog = MemoryCatalog({**served, "not/served": ModelDigest("0" * 64)})
         allowed = GatewaySettings(adapter_roots=(tmp_path_factory.mktemp("adapters"),), max_body_bytes=1 << 20)
         return Services((base,), catalog, import_adapter, replace(allowed, **settings))
 
@@ -336,8 +337,8 @@ def make_services(
 @pytest.fixture(scope="session")
 def start_server(make_services: ServicesFactory) -> ServerFactory:
     @contextlib.contextmanager
-    def start(**settings: object) -> Iterator[RunningServer]:
-        services = make_services(**settings)
+    def start(other_names: tuple[str, ...] = (), **settings: object) -> Iterator[RunningServer]:
+        services = make_services(other_names, **settings)
         config = uvicorn.Config(create_app(services), port=0, log_level="error", timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
         loop = asyncio.new_event_loop()

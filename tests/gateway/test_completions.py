@@ -95,6 +95,18 @@ def test_an_echo_with_log_probabilities_scores_the_prompt(server, client, stream
     assert choices[0].logprobs.token_logprobs[1] == -0.5
 
 
+@pytest.mark.parametrize("prompt", ["<|im_start|>user\nsaid the fox<|im_end|>", "größe 🙂 日本 naïve the dog"])
+def test_offsets_in_an_echoed_prompt_count_its_own_characters(server, client, prompt):
+    reply = client.completions.create(model=MODEL, prompt=prompt, echo=True, logprobs=1, max_tokens=0).choices[0]
+    found = [
+        reply.text[at : at + len(token)]
+        for at, token in zip(reply.logprobs.text_offset, reply.logprobs.tokens, strict=True)
+        if not token.startswith("bytes:")
+    ]
+    assert reply.text == prompt
+    assert found == [token for token in reply.logprobs.tokens if not token.startswith("bytes:")]
+
+
 def test_a_prompt_can_be_scored_without_generating_anything(server, client):
     reply = client.completions.create(model=MODEL, prompt=[5, 6, 7], echo=True, logprobs=1, max_tokens=0)
     assert len(reply.choices[0].logprobs.tokens) == 3

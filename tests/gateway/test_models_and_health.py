@@ -22,6 +22,18 @@ def test_models_list_bases_and_adapters_with_their_lineage(server, client):
     assert models["team/poet:v2"].owned_by == "rekindle"
 
 
+def test_a_model_of_two_names_answers_to_both_and_its_adapters_run_under_either(start_server):
+    with start_server(other_names=("second",)) as server, server.client() as client:
+        assert {model.id for model in client.models.list()} == {BASE, "second"}
+        source = str(server.write_adapter("two names"))
+        for base in (BASE, "second"):
+            body = {"name": f"poet-of-{base}", "source": source, "base_model": base}
+            registered = httpx.post(f"{server.url}/v1/adapters", json=body)
+            assert (registered.status_code, registered.json()["base_model"]) == (201, base)
+        for model in (BASE, "second", f"poet-of-{BASE}", "poet-of-second", "second:poet-of-second"):
+            assert client.chat.completions.create(model=model, messages=HELLO).choices[0].message.content
+
+
 @pytest.mark.parametrize("name", [BASE, "team/poet:v2", f"{BASE}:team/poet:v2"])
 def test_a_model_is_retrieved_by_a_name_with_slashes_and_colons(server, client, name):
     server.add_adapter("team/poet:v2", "lineage")

@@ -8,12 +8,16 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
 
-from rekindle.cli.serve import RekindleServer
+from rekindle.catalog.records import ModelRecord
+from rekindle.cli.serve import RekindleServer, _by_content
 from rekindle.cli.settings import ServerSettings, Settings
+from rekindle.protocol.identity import ModelDigest
+from rekindle.protocol.models import ModelManifest
 
 BODY = {"model": "org/tiny:v1", "prompt": "hello", "max_tokens": 400}
 
@@ -48,6 +52,15 @@ def serving(make_services):
             await asyncio.gather(open_request, return_exceptions=True)
 
     return serving
+
+
+def test_names_of_the_same_content_share_one_engine():
+    def record(name: str, digest: str) -> ModelRecord:
+        manifest = ModelManifest(ModelDigest(digest), "llama", "F32", 1, 4, 1, 400, 512, (), True, ())
+        return ModelRecord(name, manifest, Path("/nonexistent"), 0)
+
+    groups = _by_content([record("a", "1"), record("b", "2"), record("c", "1")])
+    assert [[same.name for same in group] for group in groups] == [["a", "c"], ["b"]]
 
 
 def send(number: signal.Signals) -> None:

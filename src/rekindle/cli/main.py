@@ -22,7 +22,12 @@ _DESCRIPTION = "Serve many LoRA adapters from one resident base model, behind th
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parsed = make_parser().parse_args(arguments)
-    module = importlib.import_module(parsed.module)
+    try:
+        module = importlib.import_module(parsed.module)
+    except ModuleNotFoundError as error:
+        extra = "serve" if parsed.module.endswith(".serve") else "import"
+        print(f"rekindle: this command needs {error.name}: pip install 'rekindle[{extra}]'", file=sys.stderr)
+        return 1
     try:
         return int(getattr(module, parsed.function)(parsed))
     except RekindleError as error:

@@ -29,6 +29,7 @@ from rekindle.gateway.lifecycle import Lifecycle
 from rekindle.gateway.seams import ServedBase, Services
 from rekindle.gateway.settings import GatewaySettings
 from rekindle.protocol.adapters import ADAPTER_FILE_NAME, AdapterManifest
+from rekindle.protocol.identity import ModelDigest
 from rekindle.protocol.models import ModelManifest
 from rekindle.protocol.replica import EngineSettings
 from rekindle.store.adapter_import import import_adapter
@@ -50,8 +51,10 @@ def serve(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     home = Home(home_directory(arguments.home))
     with Catalog.open(home) as catalog:
-        server = _build(arguments, settings, home, catalog)
-        return asyncio.run(server.run())
+        catalog.remove_unreferenced()
+        with home.using():
+            server = _build(arguments, settings, home, catalog)
+            return asyncio.run(server.run())
 
 
 class _Server(uvicorn.Server):
@@ -137,7 +140,7 @@ class RekindleServer:
         await self._announce(f"http://{self._settings.server.host}:{port}")
 
     async def _announce(self, url: str) -> None:
-        names = ", ".join(base.name for base in self._services.bases)
+        names = ", ".join(name for base in self._services.bases for name in base.names)
         adapters = [adapter.name for adapter in await asyncio.to_thread(self._services.catalog.adapters)]
         print(f"rekindle: ready on {url} serving {names} with {len(adapters)} adapters", flush=True)
         if self._show_examples:
@@ -145,21 +148,22 @@ class RekindleServer:
 
 
 def _build(arguments: argparse.Namespace, settings: Settings, home: Home, catalog: Catalog) -> RekindleServer:
-    catalog.remove_unreferenced()
-    records = _records(catalog, arguments.models)
+    models = _by_content(_records(catalog, arguments.models))
     server = settings.server
     overrides = {name: value for name in ("host", "port") if (value := getattr(arguments, name)) is not None}
     settings = dataclasses.replace(settings, server=dataclasses.replace(server, **overrides))
     clock = SystemClock()
-    engines = _engine_settings(settings.engine, records)
+    engines = _engine_settings(settings.engine, [record for record, *_ in models])
     supervision = Supervision(silence_s=settings.engine.step_limit_s)
     replicas = [
         Replica(engine, clock, name=record.name, supervision=supervision)
-        for engine, record in zip(engines, records, strict=True)
+        for engine, (record, *_) in zip(engines, models, strict=True)
     ]
     bases = tuple(
-        ServedBase(record.name, record.manifest, record.path, replica, record.created_s)
-        for record, replica in zip(records, replicas, strict=True)
+        ServedBase(
+            record.name, record.manifest, record.path, replica, record.created_s, tuple(same.name for same in others)
+        )
+        for (record, *others), replica in zip(models, replicas, strict=True)
     )
 
     def import_from(source: Path, base: ModelManifest) -> tuple[AdapterManifest, Path]:
@@ -180,6 +184,14 @@ def _records(catalog: Catalog, names: list[str]) -> list[ModelRecord]:
     if records := catalog.models():
         return records
     raise ConfigurationError("no model has been imported; run `rekindle models add PATH --name NAME` first")
+
+
+def _by_content(records: list[ModelRecord]) -> list[list[ModelRecord]]:
+    """Records grouped by model: names of the same content share one engine."""
+    groups: dict[ModelDigest, list[ModelRecord]] = {}
+    for record in records:
+        groups.setdefault(record.manifest.digest, []).append(record)
+    return list(groups.values())
 
 
 def _engine_settings(options: EngineOptions, records: list[ModelRecord]) -> list[EngineSettings]:

@@ -48,7 +48,7 @@ class AdapterRegistry:
         roots: Sequence[Path],
         importers: WorkerThreads,
     ) -> None:
-        self._bases = {base.name: base for base in bases}
+        self._bases = {name: base for base in bases for name in base.names}
         self._by_digest = {base.manifest.digest: base for base in bases}
         self._catalog = catalog
         self._import_adapter = import_adapter
@@ -90,17 +90,18 @@ class AdapterRegistry:
         """
         self._check_name(body.name)
         base = self._base(body.base_model)
+        base_name = body.base_model or base.name
         async with self._turn(body.name):
             before = await self._find(body.name)
             if before is not None and before.manifest.base != base.manifest.digest:
                 raise Conflict(
-                    f"the adapter {body.name!r} belongs to the base {before.base_name!r}, not {base.name!r}; remove it "
+                    f"the adapter {body.name!r} belongs to the base {before.base_name!r}, not {base_name!r}; remove it "
                     "first or choose another name",
                     field="name",
                 )
             source = await self._importers.run(self._allowed_source, body.source)
             manifest, path = await self._importers.run(self._import_adapter, source, base.manifest)
-            adapter = await self._switch(body.name, base, manifest, path, source)
+            adapter = await self._switch(body.name, base, base_name, manifest, path, source)
             if before is not None and before.manifest.digest != manifest.digest:
                 await self._versions.retire_unless_named(base, before.manifest)
             return Registered(adapter, is_new=before is None)
@@ -118,12 +119,12 @@ class AdapterRegistry:
             return removed
 
     async def _switch(
-        self, name: str, base: ServedBase, manifest: AdapterManifest, path: Path, source: Path
+        self, name: str, base: ServedBase, base_name: str, manifest: AdapterManifest, path: Path, source: Path
     ) -> RegisteredAdapter:
         """Tell the replica, then the catalog; where either fails, the replica forgets it again."""
         try:
             await self._versions.announce(base, manifest, path)
-            return await asyncio.to_thread(self._catalog.register_adapter, name, base.name, manifest, source)
+            return await asyncio.to_thread(self._catalog.register_adapter, name, base_name, manifest, source)
         except RekindleError:
             await self._versions.retire_unless_named(base, manifest)
             raise
@@ -154,8 +155,8 @@ class AdapterRegistry:
     def _base(self, name: str | None) -> ServedBase:
         served = ", ".join(sorted(self._bases))
         if name is None:
-            if len(self._bases) == 1:
-                return next(iter(self._bases.values()))
+            if len(self._by_digest) == 1:
+                return next(iter(self._by_digest.values()))
             raise InvalidRequest(
                 f"Missing required parameter: `base_model`; this server serves {served}", field="base_model"
             )

@@ -8,16 +8,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from rekindle.errors import ConfigurationError
 from rekindle.gateway.documentation import body_schema
 from rekindle.gateway.fields import ADAPTER_FIELDS
 from rekindle.gateway.schemas import AdapterBody
 from rekindle.gateway.seams import RegisteredAdapter
 from rekindle.gateway.state import GatewayState, state_of
+from rekindle.store.safetensors_file import DTYPE_BYTES
 
 router = APIRouter(prefix="/v1/adapters")
 State = Annotated[GatewayState, Depends(state_of)]
-ELEMENT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 MAX_PAGE_ADAPTERS = 1000
 
 
@@ -77,15 +76,8 @@ def _adapter_object(state: GatewayState, adapter: RegisteredAdapter) -> dict[str
         "ranks": list(manifest.ranks),
         "targets": list(manifest.targets),
         "dtype": manifest.dtype,
-        "bytes": manifest.num_elements * _element_bytes(manifest.dtype),
+        "bytes": manifest.num_elements * DTYPE_BYTES[manifest.dtype],
         "bound_tensors": 2 * len(manifest.bindings) + len(manifest.replaced),
         "residency": "device" if on_device else "disk",
         "running_requests": state.runner.versions.num_leases(manifest.digest),
     }
-
-
-def _element_bytes(dtype: str) -> int:
-    try:
-        return ELEMENT_BYTES[dtype]
-    except KeyError as error:
-        raise ConfigurationError(f"an adapter is stored with the unknown element type {dtype!r}") from error

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import msgspec
 
 from rekindle.gateway.choice import Delta
-from rekindle.gateway.text import Tokenizer
+from rekindle.gateway.text import Detokenizer, Tokenizer
 from rekindle.protocol.generation import FinishReason, TokenLogprobs
 
 LEAST_LOGPROB = -9999.0
@@ -313,10 +313,15 @@ class CompletionEncoder:
             return "bytes:" + "".join(f"\\x{value:02x}" for value in raw)
 
     def _offsets_in(self, echo: Echo) -> list[int]:
+        """Special tokens count where the text spells them out, and not where the tokenizer added them."""
+        tokenizer, text = self._tokenizer, echo.text
+        decoder = Detokenizer(tokenizer, skip_special_tokens=False)
         num_chars, offsets = 0, []
         for token_id in echo.token_ids:
-            offsets.append(min(num_chars, len(echo.text)))
-            num_chars += 0 if token_id in self._tokenizer.special_ids else len(self._tokenizer.token_text(token_id))
+            offsets.append(min(num_chars, len(text)))
+            is_special = token_id in tokenizer.special_ids
+            if not is_special or text.startswith(tokenizer.token_text(token_id), num_chars):
+                num_chars += len(decoder.push((token_id,)))
         return offsets
 
 

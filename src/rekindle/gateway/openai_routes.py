@@ -39,7 +39,7 @@ async def create_completion(request: Request, state: State) -> Response:
 async def list_models(state: State) -> dict[str, Any]:
     """The base models served here and their adapters."""
     adapters = await state.adapters.list()
-    bases = [_base_object(model) for model in state.models.values()]
+    bases = [{**_base_object(model), "id": name} for model in state.models.values() for name in model.base.names]
     return {"object": "list", "data": [*bases, *(_adapter_object(state, adapter) for adapter in adapters)]}
 
 

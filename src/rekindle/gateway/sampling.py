@@ -32,7 +32,7 @@ def sampling_params(
     _check_count("stop_token_ids", len(stop_token_ids), MAX_STOP_TOKEN_IDS)
     check_token_ids(stop_token_ids, vocab_size, "stop_token_ids")
     if not body.ignore_eos:
-        stop_token_ids += tuple(i for i in model.eos_token_ids if i not in stop_token_ids)
+        stop_token_ids += tuple(i for i in model.base.manifest.eos_token_ids if i not in stop_token_ids)
     top_k = _or(body.top_k, defaults.top_k)
     return SamplingParams(
         max_tokens=max_tokens,
@@ -107,7 +107,7 @@ def _logit_bias(biases: dict[str, float], vocab_size: int) -> tuple[tuple[int, f
     _check_count("logit_bias", len(biases), MAX_LOGIT_BIASES)
     pairs = []
     for key, bias in biases.items():
-        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size):
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and str(int(key)) == key and int(key) < vocab_size):
             raise InvalidRequest(
                 f"`logit_bias` holds the key {key[:40]!r}, which is no token id of this model; "
                 f"keys are ids in [0, {vocab_size - 1}], written as strings",

@@ -104,13 +104,19 @@ class AdapterImporter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServedBase:
-    """A base model this server runs. `created_s` is when it was imported, in Unix seconds."""
+    """A base model this server runs. `created_s` is when it was imported, in Unix seconds; `other_names` are more
+    names of the same model."""
 
     name: str
     manifest: ModelManifest
     directory: Path
     replica: Replica
     created_s: int
+    other_names: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.other_names)
 
 
 @dataclass(frozen=True, slots=True)

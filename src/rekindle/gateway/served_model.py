@@ -38,7 +38,6 @@ class ServedModel:
         self.tokenizer = Tokenizer.from_directory(base.directory)
         settings = read_json_object(base.directory / SETTINGS_NAME)
         self.defaults = sampling_defaults(settings, base.directory)
-        self.eos_token_ids = base.manifest.eos_token_ids + _extra_eos(settings, base.manifest.eos_token_ids)
         self._clock = clock
         self._threads = threads
         self._base_template = self._compile_own()
@@ -137,9 +136,3 @@ class ServedModel:
     def _compile(self, directory: Path) -> ChatTemplate | None:
         source = read_template_source(directory)
         return None if source is None else ChatTemplate(source, self.tokenizer.special.named, self._clock)
-
-
-def _extra_eos(settings: dict[str, object], known: tuple[int, ...]) -> tuple[int, ...]:
-    advised = settings.get("eos_token_id")
-    ids = advised if isinstance(advised, list) else [advised]
-    return tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i not in known)
