@@ -9,6 +9,7 @@ RekindleError
 │   └── ModelRejected           the model's files are of a kind that is not supported, or damaged
 ├── RetryLater                the same request may succeed in a moment
 │   ├── Overloaded              a bounded queue is full
+│   ├── DeadlineUnreachable     the first token cannot come within the time the request allows
 │   └── ReplicaUnavailable      the engine is starting, restarting or draining
 ├── ConfigurationError        fix the settings or the machine
 └── InternalError             report a bug
@@ -64,6 +65,10 @@ class RetryLater(RekindleError):
 
 class Overloaded(RetryLater):
     """A bounded queue is full."""
+
+
+class DeadlineUnreachable(RetryLater):
+    """The first token cannot come within the time that the request allows for it."""
 
 
 class ReplicaUnavailable(RetryLater):

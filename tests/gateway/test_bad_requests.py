@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from rekindle.errors import EngineFailed, Overloaded, ReplicaUnavailable
+from rekindle.errors import DeadlineUnreachable, EngineFailed, Overloaded, ReplicaUnavailable
 
 MODEL = "org/tiny:v1"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -73,6 +73,10 @@ def refusal(response: httpx.Response, status: int = 400) -> dict:
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"logit_bias": {"99999999": 1}}, "logit_bias"),
         ({"logit_bias": {"the": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias"),
+        ({"cache_salt": "s" * 1025}, "cache_salt"),
+        ({"priority": 1.5}, "priority"),
+        ({"ttft_slo_ms": 0}, "ttft_slo_ms"),
         ({"logit_bias": {"5": "x"}}, "logit_bias.5"),
         ({"logit_bias": {"5": 101}}, "logit_bias[5]"),
         ({"logit_bias": [5]}, "logit_bias"),
@@ -188,6 +192,7 @@ def test_a_field_of_a_wrong_type_raises_the_clients_bad_request(client):
     ("refused", "expected", "status"),
     [
         (Overloaded("the queue of 8 is full", retry_after_s=1.5), openai.RateLimitError, 429),
+        (DeadlineUnreachable("2 s are too few", retry_after_s=1.5), openai.RateLimitError, 429),
         (ReplicaUnavailable("the engine is starting", retry_after_s=0.2), openai.InternalServerError, 503),
     ],
 )

@@ -217,6 +217,8 @@ def test_every_sampling_field_reaches_the_replica(server, client):
             "ignore_eos": True,
             "stop_token_ids": [9],
             "cache_salt": "tenant",
+            "priority": -2,
+            "ttft_slo_ms": 2500,
             "prompt_logprobs": 1,
         },
     )
@@ -228,7 +230,7 @@ def test_every_sampling_field_reaches_the_replica(server, client):
     assert sampling.logit_bias == ((5, 3.0), (7, -100.0))
     assert sampling.stop_token_ids == (9,)
     assert sampling.prompt_logprobs == 1
-    assert request.tenant_salt == "tenant"
+    assert (request.tenant_salt, request.priority, request.ttft_slo_s) == ("tenant", -2, 2.5)
 
 
 def test_special_tokens_are_left_out_unless_asked_for(server, client):

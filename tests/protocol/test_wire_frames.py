@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rekindle.protocol.generation import AbortRequest, GenerateRequest, TokenChunk
-from rekindle.protocol.identity import RequestId
+from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.replica import (
     AddAdapter,
     EngineFatal,
@@ -49,6 +49,24 @@ st.register_type_strategy(
         stop_token_ids=st.lists(INTEGERS, max_size=3).map(tuple),
         logprobs=st.none() | st.integers(0, 20),
         prompt_logprobs=st.none() | st.integers(0, 20),
+    ),
+)
+SHARES = st.floats(0, 1e6, exclude_min=True)
+st.register_type_strategy(
+    GenerateRequest,
+    st.builds(
+        GenerateRequest,
+        request_id=st.from_type(RequestId),
+        prompt_token_ids=st.lists(INTEGERS, max_size=3).map(tuple),
+        sampling=st.from_type(SamplingParams),
+        epoch=INTEGERS,
+        adapter=st.none() | st.from_type(AdapterDigest),
+        generated_token_ids=st.lists(INTEGERS, max_size=3).map(tuple),
+        tenant_salt=st.from_type(str),
+        tenant=st.from_type(str),
+        weight=SHARES,
+        priority=INTEGERS,
+        ttft_slo_s=st.none() | SHARES,
     ),
 )
 MESSAGES = st.sampled_from(KINDS).flatmap(st.from_type)

@@ -24,6 +24,7 @@ VOCABULARY = 7
 PAGE_TOKENS = 4
 PAGE_BYTES = 64
 ELEMENT_BYTES = 2
+STEP_S = 0.01
 _RUBBISH = -1
 
 
@@ -66,6 +67,10 @@ def make_request(
     *,
     adapter: str | None = None,
     tenant_salt: str = "",
+    tenant: str = "",
+    weight: float = 1.0,
+    priority: int = 0,
+    ttft_slo_s: float | None = None,
     min_tokens: int = 0,
     stop: tuple[int, ...] = (),
     logprobs: int | None = None,
@@ -92,6 +97,10 @@ def make_request(
         adapter=None if adapter is None else AdapterDigest(adapter),
         generated_token_ids=generated,
         tenant_salt=tenant_salt,
+        tenant=tenant,
+        weight=weight,
+        priority=priority,
+        ttft_slo_s=ttft_slo_s,
     )
 
 
@@ -295,7 +304,7 @@ class Replica:
             self.end_load(digest)
 
     def schedule(self) -> StepPlan:
-        self.now_s += 0.01
+        self.now_s += STEP_S
         plan = self.scheduler.schedule(self.now_s)
         self.plans.append(plan)
         self.device.take_up(plan)

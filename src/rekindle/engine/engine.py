@@ -124,13 +124,16 @@ class Engine:
                 self._scheduler.adapter_loaded(outcome.digest)
             else:
                 chunks += self._scheduler.adapter_failed(outcome.digest, outcome.error)
-        plan = self._scheduler.schedule(self._clock.monotonic_s())
+        now_s = self._clock.monotonic_s()
+        chunks += self._scheduler.refuse_late(now_s)
+        plan = self._scheduler.schedule(now_s)
         for digest in plan.evicted:
             self._adapters.evict(digest)
         for load in plan.loads:
             self._adapters.start_load(load)
         if plan.sequences:
             chunks += self._scheduler.commit(plan, self._runner.execute(plan))
+            self._scheduler.note_duration(plan, self._clock.monotonic_s() - now_s)
         return chunks
 
     def stats(self) -> EngineStats:

@@ -248,6 +248,8 @@ def _sequences(
                 sampling=replace(params, seed=seed_of_choice(params.seed, number)),
                 adapter=target.adapter.manifest.digest if target.adapter else None,
                 tenant_salt=body.cache_salt or "",
+                priority=body.priority or 0,
+                ttft_slo_s=None if body.ttft_slo_ms is None else body.ttft_slo_ms / 1000,
             )
             sequences.append((request, Choice(index, target.model.tokenizer, options)))
     return tuple(sequences)

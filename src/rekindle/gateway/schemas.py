@@ -16,6 +16,9 @@ from rekindle.gateway.fields import KnownFields, keep_supported
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
+MAX_SALT_CHARS = 1024
+MAX_PRIORITY = 1 << 31
+MAX_SLO_MS = 86_400_000
 SEED_MIN, SEED_MAX = -(1 << 63), (1 << 64) - 1
 
 
@@ -101,7 +104,9 @@ class GenerationBody(_Schema):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     prompt_logprobs: WholeNumber | None = None
-    cache_salt: str | None = None
+    priority: Annotated[int, BeforeValidator(_whole_number), Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    ttft_slo_ms: Annotated[float, Field(gt=0, le=MAX_SLO_MS)] | None = None
+    cache_salt: Annotated[str, Field(max_length=MAX_SALT_CHARS)] | None = None
 
 
 class ChatBody(GenerationBody):

@@ -8,9 +8,11 @@ are errors.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
+from rekindle.errors import InvalidRequest
 from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.sampling import SamplingParams
 
@@ -29,7 +31,9 @@ class GenerateRequest:
     """One sequence to generate.
 
     `generated_token_ids` are tokens sampled in earlier epochs; generation goes on after them and
-    `sampling.max_tokens` counts them. `tenant_salt` separates prefix caches.
+    `sampling.max_tokens` counts them. `tenant_salt` separates prefix caches. Replicas are shared fairly among tenants
+    and, within a tenant, among adapters; a request of `weight` 2 may have twice the share. Lower `priority` goes first.
+    A request that cannot have its first token within `ttft_slo_s` seconds is refused as soon as that is clear.
     """
 
     request_id: RequestId
@@ -39,6 +43,16 @@ class GenerateRequest:
     adapter: AdapterDigest | None = None
     generated_token_ids: tuple[int, ...] = ()
     tenant_salt: str = ""
+    tenant: str = ""
+    weight: float = 1.0
+    priority: int = 0
+    ttft_slo_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise InvalidRequest(f"weight must be a positive number, got {self.weight}", field="weight")
+        if self.ttft_slo_s is not None and not 0 < self.ttft_slo_s < math.inf:
+            raise InvalidRequest(f"ttft_slo_s must be a positive number, got {self.ttft_slo_s}", field="ttft_slo_ms")
 
 
 @dataclass(frozen=True, slots=True)

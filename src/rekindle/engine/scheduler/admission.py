@@ -1,19 +1,21 @@
 """Which waiting sequences join the batch, and which adapters are loaded for them.
 
-First come, first served, except that a sequence which cannot join now does not hold up those behind it. One whose
+The queue says whose turn it is, but a sequence which cannot join now does not hold up those behind it. One whose
 adapter is on its way waits for it outside the batch. One that lacks pages may be overtaken `MAX_OVERTAKEN` times; from
 then on nobody behind it is admitted until it is, so the running sequences drain and its pages come free.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from enum import Enum, auto
 
 from rekindle.engine.scheduler.adapters import Residency
 from rekindle.engine.scheduler.config import SchedulerConfig
 from rekindle.engine.scheduler.draft import StepDraft
+from rekindle.engine.scheduler.fairness import PROMPT_TOKEN_COST, FlowCounters
 from rekindle.engine.scheduler.memory import PageMemory
-from rekindle.engine.scheduler.sequence import Sequence
+from rekindle.engine.scheduler.sequence import Sequence, adapters_of
 from rekindle.engine.scheduler.waiting import WaitingQueue
 from rekindle.protocol.identity import AdapterDigest
 
@@ -34,23 +36,32 @@ class Admission:
     """One pass over the queue. `is_complete` tells, after `run`, that another pass would admit nobody as long as no
     sequence arrives, leaves or gives pages back and no adapter's load ends."""
 
-    def __init__(self, config: SchedulerConfig, memory: PageMemory, draft: StepDraft, num_running: int) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        memory: PageMemory,
+        counters: FlowCounters,
+        draft: StepDraft,
+        running: Collection[Sequence],
+    ) -> None:
         self.is_complete = False
         self.admitted: list[Sequence] = []
         self.tokens_looked_up = 0
         self.tokens_found = 0
         self._config = config
         self._memory = memory
+        self._counters = counters
         self._draft = draft
-        self._num_running = num_running
+        self._num_running = len(running)
+        self._active = adapters_of(running)
         self._overtaken: list[Sequence] = []
         self._keep: set[AdapterDigest] = set()
         self._num_awaiting = 0
         self._num_misfits = 0
 
-    def run(self, queue: WaitingQueue) -> None:
+    def run(self, queue: WaitingQueue, now_s: float) -> None:
         """Plan first positions of sequences and loads of adapters into the draft; take the admitted off the queue."""
-        for sequence in tuple(queue):
+        for sequence in queue.in_turn(self._active, now_s):
             if self._draft.tokens_left == 0:
                 return
             if self._num_running + len(self.admitted) >= self._config.max_sequences:
@@ -67,6 +78,12 @@ class Admission:
         for overtaken in self._overtaken:
             overtaken.num_overtaken += 1
         self.admitted.append(sequence)
+        if sequence.request.adapter is not None:
+            self._active.add(sequence.request.adapter)
+        if not sequence.was_charged:
+            sequence.was_charged = True
+            cost = PROMPT_TOKEN_COST * (len(sequence.tokens) - sequence.num_computed)
+            self._counters.charge(sequence.flow, cost, sequence.request.weight)
         self._draft.add(sequence, min(sequence.num_plannable, self._draft.tokens_left))
 
     def _ends_pass(self, sequence: Sequence, outcome: _Outcome) -> bool:

@@ -15,10 +15,13 @@ from collections import deque
 from rekindle.engine.scheduler.adapters import Residency
 from rekindle.engine.scheduler.admission import Admission
 from rekindle.engine.scheduler.config import SchedulerConfig
+from rekindle.engine.scheduler.deadlines import FirstTokenEstimate, late_sequences
 from rekindle.engine.scheduler.draft import StepDraft
+from rekindle.engine.scheduler.fairness import OUTPUT_TOKEN_COST, FlowCounters
 from rekindle.engine.scheduler.memory import PageMemory
 from rekindle.engine.scheduler.plan import PlannedSequence, SequenceResult, StepPlan, StepResult
-from rekindle.engine.scheduler.sequence import Sequence, SequenceState
+from rekindle.engine.scheduler.sequence import Sequence, SequenceState, adapters_of
+from rekindle.engine.scheduler.step_times import StepTimes
 from rekindle.engine.scheduler.validation import check_fits, check_prompt
 from rekindle.engine.scheduler.waiting import DepartureRate, WaitingQueue
 from rekindle.errors import Conflict, InternalError, Overloaded
@@ -38,7 +41,10 @@ class Scheduler:
         self._memory = PageMemory(config)
         self._adapters = self._memory.adapters
         self._unfinished: dict[RequestId, Sequence] = {}
-        self._queue = WaitingQueue()
+        self._counters = FlowCounters()
+        self._times = StepTimes()
+        self._has_deadlines = False
+        self._queue = WaitingQueue(self._counters)
         self._running: list[Sequence] = []
         self._leaving: set[Sequence] = set()
         self._in_flight: deque[tuple[StepPlan, list[tuple[Sequence, int]]]] = deque()
@@ -78,7 +84,7 @@ class Scheduler:
         if request.request_id in self._unfinished:
             raise Conflict(f"request {request.request_id} is unfinished here; abort it before submitting it again")
         check_prompt(request, self._config)
-        sequence = Sequence(request, self._num_submitted, self._config)
+        sequence = Sequence(request, self._num_submitted, self._config, now_s)
         reason = sequence.ready_reason
         if reason is not None:
             return (sequence.chunk(reason=reason),)
@@ -99,6 +105,8 @@ class Scheduler:
         self._num_submitted += 1
         self._num_prompt_tokens += sequence.num_prompt
         self._unfinished[request.request_id] = sequence
+        self._counters.begin(sequence.flow)
+        self._has_deadlines |= request.ttft_slo_s is not None
         self._queue.add(sequence)
         self._note_change()
         return ()
@@ -150,6 +158,21 @@ class Scheduler:
         return tuple(
             self._finish(sequence, sequence.chunk(reason=FinishReason.ERROR, error=message)) for sequence in failed
         )
+
+    def note_duration(self, plan: StepPlan, duration_s: float) -> None:
+        """Running a plan's sequences took that long."""
+        num_decodes = sum(planned.num_positions == 1 for planned in plan.sequences)
+        self._times.note(plan.num_tokens - num_decodes, num_decodes, duration_s)
+
+    def refuse_late(self, now_s: float) -> tuple[TokenChunk, ...]:
+        """End the waiting sequences that can no longer have their first token in time; see `deadlines`."""
+        if not self._has_deadlines:
+            return ()
+        self._has_deadlines = any(sequence.request.ttft_slo_s is not None for sequence in self._queue)
+        active = adapters_of(self._running)
+        estimate = FirstTokenEstimate(self._config, self._times, self._running, self._departures.mean_interval_s)
+        late = late_sequences(self._queue.in_turn(active, now_s), estimate, now_s)
+        return tuple(self._finish(it.sequence, it.chunk()) for it in late)
 
     def schedule(self, now_s: float) -> StepPlan:
         """Plan a step: one token of every running sequence, then prompt chunks, then newly admitted sequences."""
@@ -279,8 +302,8 @@ class Scheduler:
         self._leave(victim)
 
     def _admit(self, draft: StepDraft, now_s: float) -> None:
-        admission = Admission(self._config, self._memory, draft, len(self._running))
-        admission.run(self._queue)
+        admission = Admission(self._config, self._memory, self._counters, draft, self._running)
+        admission.run(self._queue, now_s)
         self._may_admit = not admission.is_complete
         self._departures.note(len(admission.admitted), len(self._queue), now_s)
         if admission.admitted:
@@ -310,6 +333,7 @@ class Scheduler:
             return self._finish(sequence, sequence.chunk(reason=FinishReason.ERROR, error=outcome.error))
         num_new, reason = sequence.accept(planned, outcome)
         self._num_generated_tokens += num_new
+        self._counters.charge(sequence.flow, OUTPUT_TOKEN_COST * num_new, sequence.request.weight)
         if sequence.is_caching:
             self._cache_full_pages(sequence)
         if reason is not None:
@@ -332,6 +356,7 @@ class Scheduler:
         sequence.move_to(SequenceState.FINISHED)
         sequence.void_later_plans()
         del self._unfinished[request.request_id]
+        self._counters.end(sequence.flow)
         if holds_pages:
             self._leave(sequence)
         if request.adapter is not None:

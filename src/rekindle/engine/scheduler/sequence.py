@@ -10,17 +10,19 @@ Everything here follows from the request and the tokens sampled since, so a sequ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from enum import Enum, auto
 from itertools import islice
 from typing import overload
 
 from rekindle.engine.scheduler.config import SchedulerConfig
+from rekindle.engine.scheduler.fairness import Flow
 from rekindle.engine.scheduler.plan import PlannedSequence, SequenceResult
 from rekindle.engine.scheduler.prefix import page_digest, root_digest
 from rekindle.errors import InternalError
-from rekindle.protocol.generation import FinishReason, GenerateRequest, TokenChunk, TokenLogprobs
+from rekindle.protocol.generation import FinishReason, GenerateRequest, Refusal, TokenChunk, TokenLogprobs
+from rekindle.protocol.identity import AdapterDigest
 
 
 class SequenceState(Enum):
@@ -75,24 +77,28 @@ class TokenView(Seq[int]):
 
 
 class Sequence:
-    """An unfinished request. `arrival` numbers the requests of a scheduler in the order they came.
+    """An unfinished request. `arrival` numbers the requests of a scheduler in the order they came, `waiting_since_s`
+    says when; `flow` is whom it is served for.
 
     `end_tokens` is the length, prompt included, at which the sequence ends at the latest; `max_positions` are computed
     by then: all but the last, which nothing follows. `page_capacity` positions fit into `pages`. `num_overtaken` counts
-    the later arrivals that were admitted while this one lacked pages; `was_adapter_ready` tells that its adapter was
-    in the pool at some time while it waited.
+    those behind it that were admitted while this one lacked pages; `was_adapter_ready` tells that its adapter was in
+    the pool at some time while it waited, `was_charged` that its prompt counts against its flow.
     """
 
     __slots__ = (
         "_base", "_digests", "_is_first_chunk", "_page_tokens", "_prompt_logprobs", "_sampling", "_uses_prefix_cache",
-        "arrival", "cached_tokens", "end_tokens", "is_caching", "max_positions", "num_cached_pages", "num_computed",
-        "num_in_flight", "num_overtaken", "num_pending_samples", "num_planned", "num_prompt", "page_capacity",
-        "pages", "request", "state", "timeline", "tokens", "was_adapter_ready",
+        "arrival", "cached_tokens", "end_tokens", "flow", "is_caching", "max_positions", "num_cached_pages",
+        "num_computed", "num_in_flight", "num_overtaken", "num_pending_samples", "num_planned", "num_prompt",
+        "page_capacity", "pages", "request", "state", "timeline", "tokens", "waiting_since_s", "was_adapter_ready",
+        "was_charged",
     )  # fmt: skip
 
-    def __init__(self, request: GenerateRequest, arrival: int, config: SchedulerConfig) -> None:
+    def __init__(self, request: GenerateRequest, arrival: int, config: SchedulerConfig, now_s: float = 0.0) -> None:
         self.request = request
+        self.flow = Flow.of(request)
         self.arrival = arrival
+        self.waiting_since_s = now_s
         self.state = SequenceState.WAITING
         self.tokens = [*request.prompt_token_ids, *request.generated_token_ids]
         self.num_prompt = len(request.prompt_token_ids)
@@ -110,6 +116,7 @@ class Sequence:
         self.cached_tokens: int | None = None
         self.num_overtaken = 0
         self.was_adapter_ready = False
+        self.was_charged = False
         self._sampling = request.sampling
         self._base = config.base
         self._page_tokens = config.page_tokens
@@ -268,6 +275,7 @@ class Sequence:
         reason: FinishReason | None = None,
         logprobs: tuple[TokenLogprobs, ...] | None = None,
         error: str | None = None,
+        refusal: Refusal | None = None,
     ) -> TokenChunk:
         """A chunk with the last `num_new` tokens; the first one also says what is known of the prompt."""
         first = len(self.tokens) - num_new
@@ -285,6 +293,7 @@ class Sequence:
             prompt_logprobs=prompt_logprobs,
             cached_tokens=self.cached_tokens if is_first else None,
             error=error,
+            refusal=refusal,
         )
 
     @property
@@ -316,3 +325,8 @@ class Sequence:
 
     def _root_digest(self) -> bytes:
         return root_digest(self._base, self.request.adapter, self.request.tenant_salt)
+
+
+def adapters_of(sequences: Iterable[Sequence]) -> set[AdapterDigest]:
+    """The adapters that any of the sequences uses."""
+    return {adapter for sequence in sequences if (adapter := sequence.request.adapter) is not None}
