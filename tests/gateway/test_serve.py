@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ import httpx
 import pytest
 
 from rekindle.catalog.records import ModelRecord
+from rekindle.cli import main
 from rekindle.cli.serve import RekindleServer, _by_content
 from rekindle.cli.settings import ServerSettings, Settings
+from rekindle.errors import ConfigurationError
 from rekindle.protocol.identity import ModelDigest
 from rekindle.protocol.models import ModelManifest
 
@@ -52,6 +55,21 @@ def serving(make_services):
             await asyncio.gather(open_request, return_exceptions=True)
 
     return serving
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no such host", "a" * 70])
+async def test_an_address_that_cannot_be_listened_on_is_a_configuration_error(make_services, host):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = Settings(ServerSettings(host=host, port=taken.getsockname()[1]))
+        server = RekindleServer(settings, make_services(), [], show_examples=False)
+        with pytest.raises(ConfigurationError, match=f"cannot listen on {host}, port"):
+            await server.run()
+
+
+@pytest.mark.parametrize("arguments", [["--port", "99999"], ["--port", "-1"], ["--set", "server.port=true"]])
+def test_a_port_that_does_not_exist_is_refused_in_words(arguments, tmp_path, capsys):
+    assert main(["serve", "--home", str(tmp_path), *arguments]) == 1
+    assert "port must" in capsys.readouterr().err
 
 
 def test_names_of_the_same_content_share_one_engine():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
+import json
 import logging
 import os
 import signal
@@ -39,6 +39,7 @@ from rekindle.units import MIB, format_bytes
 _BYTES_PER_PARAMETER = {"bfloat16": 2, "float32": 4}
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _MIN_POOL_BYTES = 64 * MIB
+_BACKLOG = 2048
 _LAST_BYTES_S = 1
 """How long connections may take to hand over what is finished, once nothing is in progress or may be any longer."""
 
@@ -47,7 +48,7 @@ _logger = logging.getLogger(__name__)
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT, then drain and stop."""
-    settings = config.load(Settings, arguments.config, arguments.overrides)
+    settings = config.load(Settings, arguments.config, [*arguments.overrides, *_address_overrides(arguments)])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     home = Home(home_directory(arguments.home))
     with Catalog.open(home) as catalog:
@@ -92,13 +93,18 @@ class RekindleServer:
         self._draining: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
-        """Listen at once, start the engines beside, and stop in the opposite order; returns the exit code."""
+        """Listen at once, start the engines beside, and stop in the opposite order; returns the exit code.
+
+        Raises:
+            ConfigurationError: the address cannot be listened on.
+        """
+        listener = _listen(self._settings.server.host, self._settings.server.port)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._begin_stopping)
         starting = asyncio.create_task(self._start_replicas(), name="start-replicas")
         try:
-            await self._http.serve()
+            await self._http.serve(sockets=[listener])
         finally:
             for task in (starting, self._draining):
                 if task is not None:
@@ -147,11 +153,24 @@ class RekindleServer:
             print_examples(url, self._services.bases[0].name, adapters)
 
 
+def _address_overrides(arguments: argparse.Namespace) -> list[str]:
+    given = {name: getattr(arguments, name) for name in ("host", "port")}
+    return [f"server.{name}={json.dumps(value)}" for name, value in given.items() if value is not None]
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address, family=family, backlog=_BACKLOG)
+    except (OSError, UnicodeError) as error:
+        raise ConfigurationError(
+            f"cannot listen on {host}, port {port}: {error}; choose others with --host and --port"
+        ) from error
+
+
 def _build(arguments: argparse.Namespace, settings: Settings, home: Home, catalog: Catalog) -> RekindleServer:
     models = _by_content(_records(catalog, arguments.models))
     server = settings.server
-    overrides = {name: value for name in ("host", "port") if (value := getattr(arguments, name)) is not None}
-    settings = dataclasses.replace(settings, server=dataclasses.replace(server, **overrides))
     clock = SystemClock()
     engines = _engine_settings(settings.engine, [record for record, *_ in models])
     supervision = Supervision(silence_s=settings.engine.step_limit_s)
