@@ -146,6 +146,30 @@ def test_turns_cannot_be_saved_up():
     assert all(left != right for left, right in pairwise(since))
 
 
+def test_new_flows_without_end_do_not_keep_one_waiting_that_was_served_before():
+    replica = replica_with()
+    submit(replica, ["steady-0"], tenant="steady", prompt=20, max_tokens=20)
+    submit(replica, ["steady-1"], tenant="steady")
+    for i in range(400):
+        submit(replica, [f"new-{i}"], tenant=f"tenant-{i}", prompt=2, max_tokens=3)
+        for _ in range(3):
+            replica.step()
+        if "steady-1" in admissions(replica):
+            break
+    assert "steady-1" in admissions(replica)
+
+
+def test_when_pages_run_out_the_least_urgent_gives_way():
+    replica = replica_with(num_pages=12, max_sequences=4)
+    submit(replica, ["low"], prompt=12, max_tokens=30, priority=5)
+    replica.step()
+    submit(replica, ["high"], prompt=12, max_tokens=30, priority=-5)
+    replica.run()
+    preempted = [name for plan in replica.plans for name in plan.preempted]
+    assert preempted
+    assert set(preempted) == {"low"}
+
+
 def test_counters_of_flows_that_come_and_go_take_no_memory():
     counters = FlowCounters()
     steady = Flow("steady", None)

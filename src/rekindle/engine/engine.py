@@ -132,8 +132,10 @@ class Engine:
         for load in plan.loads:
             self._adapters.start_load(load)
         if plan.sequences:
-            chunks += self._scheduler.commit(plan, self._runner.execute(plan))
-            self._scheduler.note_duration(plan, self._clock.monotonic_s() - now_s)
+            started_s = self._clock.monotonic_s()
+            result = self._runner.execute(plan)
+            self._scheduler.note_duration(plan, self._clock.monotonic_s() - started_s)
+            chunks += self._scheduler.commit(plan, result)
         return chunks
 
     def stats(self) -> EngineStats:

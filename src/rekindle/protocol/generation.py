@@ -31,8 +31,8 @@ class GenerateRequest:
     """One sequence to generate.
 
     `generated_token_ids` are tokens sampled in earlier epochs; generation goes on after them and
-    `sampling.max_tokens` counts them. `tenant_salt` separates prefix caches. Replicas are shared fairly among tenants
-    and, within a tenant, among adapters; a request of `weight` 2 may have twice the share. Lower `priority` goes first.
+    `sampling.max_tokens` counts them. `tenant_salt` separates prefix caches. A replica is shared fairly among the
+    uses that tenants make of adapters; a request of `weight` 2 may have twice the share. Lower `priority` goes first.
     A request that cannot have its first token within `ttft_slo_s` seconds is refused as soon as that is clear.
     """
 

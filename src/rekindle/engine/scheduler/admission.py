@@ -52,6 +52,7 @@ class Admission:
         self._memory = memory
         self._counters = counters
         self._draft = draft
+        self._now_s = 0.0
         self._num_running = len(running)
         self._active = adapters_of(running)
         self._overtaken: list[Sequence] = []
@@ -61,6 +62,7 @@ class Admission:
 
     def run(self, queue: WaitingQueue, now_s: float) -> None:
         """Plan first positions of sequences and loads of adapters into the draft; take the admitted off the queue."""
+        self._now_s = now_s
         for sequence in queue.in_turn(self._active, now_s):
             if self._draft.tokens_left == 0:
                 return
@@ -80,6 +82,7 @@ class Admission:
         self.admitted.append(sequence)
         if sequence.request.adapter is not None:
             self._active.add(sequence.request.adapter)
+        self._counters.note_turn(sequence.flow, self._now_s)
         if not sequence.was_charged:
             sequence.was_charged = True
             cost = PROMPT_TOKEN_COST * (len(sequence.tokens) - sequence.num_computed)

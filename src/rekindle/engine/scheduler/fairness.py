@@ -38,6 +38,7 @@ class Flow(NamedTuple):
 class _Account:
     served: float = 0.0
     num_unfinished: int = 0
+    last_turn_s: float = -math.inf
 
 
 class FlowCounters:
@@ -54,6 +55,14 @@ class FlowCounters:
     def served(self, flow: Flow) -> float:
         """Weighted tokens that count against a flow with unfinished sequences."""
         return self._accounts[flow].served
+
+    def last_turn_s(self, flow: Flow) -> float:
+        """When a sequence of the flow was last admitted; minus infinity if none was."""
+        return self._accounts[flow].last_turn_s
+
+    def note_turn(self, flow: Flow, now_s: float) -> None:
+        """A sequence of the flow is admitted."""
+        self._accounts[flow].last_turn_s = now_s
 
     def begin(self, flow: Flow) -> None:
         """A sequence of the flow has arrived."""

@@ -5,7 +5,8 @@ commits the result. Plans are executed and committed in the order they were made
 first is committed. A plan without sequences needs no commit, but its evictions and loads must still be carried out.
 
 Pages and adapters named in an uncommitted plan are not given to anyone else, even if their sequence ends or is
-preempted meanwhile. No method reads a clock; `now_s` only serves to estimate when a full queue has room again.
+preempted meanwhile. No method reads a clock: `now_s` never falls, and decides deadlines, ages and advice
+on when to come back.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rekindle.engine.scheduler.draft import StepDraft
 from rekindle.engine.scheduler.fairness import OUTPUT_TOKEN_COST, FlowCounters
 from rekindle.engine.scheduler.memory import PageMemory
 from rekindle.engine.scheduler.plan import PlannedSequence, SequenceResult, StepPlan, StepResult
-from rekindle.engine.scheduler.sequence import Sequence, SequenceState, adapters_of
+from rekindle.engine.scheduler.sequence import Sequence, SequenceState, adapters_of, rank_of
 from rekindle.engine.scheduler.step_times import StepTimes
 from rekindle.engine.scheduler.validation import check_fits, check_prompt
 from rekindle.engine.scheduler.waiting import DepartureRate, WaitingQueue
@@ -171,7 +172,7 @@ class Scheduler:
         self._has_deadlines = any(sequence.request.ttft_slo_s is not None for sequence in self._queue)
         active = adapters_of(self._running)
         estimate = FirstTokenEstimate(self._config, self._times, self._running, self._departures.mean_interval_s)
-        late = late_sequences(self._queue.in_turn(active, now_s), estimate, now_s)
+        late = late_sequences(self._queue.in_turn(active, now_s), estimate, self._num_cached, now_s)
         return tuple(self._finish(it.sequence, it.chunk()) for it in late)
 
     def schedule(self, now_s: float) -> StepPlan:
@@ -245,6 +246,9 @@ class Scheduler:
         if any(sequence.state is not SequenceState.RUNNING for sequence in self._running):
             raise InternalError("a sequence is in the batch that is not running")
 
+    def _num_cached(self, sequence: Sequence) -> int:
+        return len(self._memory.prefix.match(sequence.page_digests())) * self._config.page_tokens
+
     def _note_change(self) -> None:
         self._may_admit = self._may_plan = True
 
@@ -308,7 +312,7 @@ class Scheduler:
         self._departures.note(len(admission.admitted), len(self._queue), now_s)
         if admission.admitted:
             self._running += admission.admitted
-            self._running.sort(key=lambda sequence: sequence.arrival)
+            self._running.sort(key=rank_of)
             self._num_tokens_looked_up += admission.tokens_looked_up
             self._num_tokens_found += admission.tokens_found
 
@@ -350,6 +354,8 @@ class Scheduler:
         request = sequence.request
         if sequence.state is SequenceState.WAITING:
             self._queue.remove(sequence)
+            if not self._queue:
+                self._departures.pause()
         elif sequence.state is SequenceState.RUNNING:
             self._running.remove(sequence)
         holds_pages = sequence.state is not SequenceState.WAITING
@@ -378,4 +384,5 @@ class Scheduler:
         if sequence.state is SequenceState.DRAINING:
             sequence.move_to(SequenceState.WAITING)
             self._queue.add(sequence)
+            self._has_deadlines |= sequence.request.ttft_slo_s is not None
         self._note_change()

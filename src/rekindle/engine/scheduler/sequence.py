@@ -327,6 +327,11 @@ class Sequence:
         return root_digest(self._base, self.request.adapter, self.request.tenant_salt)
 
 
+def rank_of(sequence: Sequence) -> tuple[int, int]:
+    """Who goes before whom apart from shares: lower priority numbers first, then who came first."""
+    return sequence.request.priority, sequence.arrival
+
+
 def adapters_of(sequences: Iterable[Sequence]) -> set[AdapterDigest]:
     """The adapters that any of the sequences uses."""
     return {adapter for sequence in sequences if (adapter := sequence.request.adapter) is not None}

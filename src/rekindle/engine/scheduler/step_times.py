@@ -2,7 +2,8 @@
 
 A step's time is taken for a + b * prompt tokens + c * decoding sequences. The three are fitted by least squares over
 all steps so far, those of long ago counting less and less, with a weak pull towards a first guess that keeps them
-defined while steps are few or all alike. `error_s` is the mean distance of late steps from what the model said.
+defined while steps are few or all alike. A step counts as no slower than `_MOST_SLOWER` times what was expected of it,
+so that one that stood still does not pass for what a token costs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _SCALES = (1.0, 100.0, 10.0)
 _PULL = 0.1
 _MEMORY = 0.995
 """The weight of all earlier steps after each new one: those of the last two hundred count most."""
-_WEIGHT_OF_LATEST = 0.05
+_MOST_SLOWER = 8.0
 
 
 class StepTimes:
@@ -25,15 +26,13 @@ class StepTimes:
         self._moments = [[0.0] * 3 for _ in range(3)]
         self._targets = [0.0] * 3
         self._fitted: tuple[float, float, float] | None = None
-        self.error_s = 0.0
 
     def note(self, num_prompt_tokens: int, num_decodes: int, duration_s: float) -> None:
         """A step of that many prompt tokens and decoding sequences took `duration_s`."""
-        residual_s = abs(duration_s - self.step_s(num_prompt_tokens, num_decodes))
-        self.error_s += _WEIGHT_OF_LATEST * (residual_s - self.error_s)
+        counted_s = min(duration_s, _MOST_SLOWER * self.step_s(num_prompt_tokens, num_decodes))
         features = (1.0, num_prompt_tokens / _SCALES[1], num_decodes / _SCALES[2])
         for row, left in enumerate(features):
-            self._targets[row] = _MEMORY * self._targets[row] + left * duration_s
+            self._targets[row] = _MEMORY * self._targets[row] + left * counted_s
             for column, right in enumerate(features):
                 self._moments[row][column] = _MEMORY * self._moments[row][column] + left * right
         self._fitted = None

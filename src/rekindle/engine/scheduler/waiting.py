@@ -13,11 +13,15 @@ from collections.abc import Collection, Iterator
 from heapq import heapify, heappop, heapreplace
 
 from rekindle.engine.scheduler.fairness import Flow, FlowCounters
-from rekindle.engine.scheduler.sequence import Sequence
+from rekindle.engine.scheduler.sequence import Sequence, rank_of
 from rekindle.protocol.identity import AdapterDigest
 
 MANY_ADAPTERS = 8
 """S-LoRA's d; its figures (appendix, cluster size) are best at 8 and flat around it."""
+
+TOKENS_PER_S_OF_AGE = 64.0
+"""What a second of waiting since its last turn gains a flow, so that flows that come anew without end cannot keep one
+waiting that was served before."""
 
 CLUSTER_TOKENS = 512.0
 CLUSTER_WAIT_S = 0.5
@@ -26,10 +30,6 @@ _FIRST_GUESS_S = 1.0
 SHORTEST_WAIT_S = 0.1
 LONGEST_WAIT_S = 60.0
 _WEIGHT_OF_LATEST = 0.2
-
-
-def _turn(sequence: Sequence) -> tuple[int, int]:
-    return sequence.request.priority, sequence.arrival
 
 
 class WaitingQueue:
@@ -49,13 +49,13 @@ class WaitingQueue:
             yield from tuple(sequences)
 
     def add(self, sequence: Sequence) -> None:
-        insort(self._flows.setdefault(sequence.flow, []), sequence, key=_turn)
+        insort(self._flows.setdefault(sequence.flow, []), sequence, key=rank_of)
         self._num_waiting += 1
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out; it must be in the queue."""
         sequences = self._flows[sequence.flow]
-        del sequences[bisect_left(sequences, _turn(sequence), key=_turn)]
+        del sequences[bisect_left(sequences, rank_of(sequence), key=rank_of)]
         self._num_waiting -= 1
         if not sequences:
             del self._flows[sequence.flow]
@@ -81,6 +81,7 @@ class WaitingQueue:
     def _key(self, sequence: Sequence, active: Collection[AdapterDigest], now_s: float) -> tuple[int, float, int]:
         adapter = sequence.request.adapter
         turn = self._counters.served(sequence.flow)
+        turn -= TOKENS_PER_S_OF_AGE * (now_s - max(sequence.waiting_since_s, self._counters.last_turn_s(sequence.flow)))
         is_apart = adapter is not None and adapter not in active and len(active) >= MANY_ADAPTERS
         if is_apart and now_s - sequence.waiting_since_s < CLUSTER_WAIT_S:
             turn += CLUSTER_TOKENS
@@ -101,6 +102,10 @@ class DepartureRate:
             self.mean_interval_s += _WEIGHT_OF_LATEST * (interval_s - self.mean_interval_s)
         if num_departed or not num_left:
             self._latest_s = now_s if num_left else None
+
+    def pause(self) -> None:
+        """Nobody waits any more: the time until somebody does is no interval."""
+        self._latest_s = None
 
     def expected_wait_s(self, now_s: float) -> float:
         """Seconds until a place is likely to be free, within sensible bounds; a queue that stands still counts."""
