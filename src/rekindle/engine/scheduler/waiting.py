@@ -19,7 +19,7 @@ from rekindle.protocol.identity import AdapterDigest
 MANY_ADAPTERS = 8
 """S-LoRA's d; its figures (appendix, cluster size) are best at 8 and flat around it."""
 
-TOKENS_PER_S_OF_AGE = 64.0
+TOKENS_PER_S_OF_AGE = 8.0
 """What a second of waiting since its last turn gains a flow, so that flows that come anew without end cannot keep one
 waiting that was served before."""
 
