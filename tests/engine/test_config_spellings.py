@@ -14,7 +14,7 @@ from rekindle.store.model_config import resolve_config
 from rekindle.store.model_import import import_model
 from support.engines import LocalEngine, greedy
 from support.oracle import oracle_greedy, oracle_prompt_logprobs, random_prompts
-from support.tiny import SIZES, make_tokenizer
+from support.tiny import SIZES, make_tokenizer, make_visible
 
 transformers = pytest.importorskip("transformers")
 
@@ -56,12 +56,7 @@ def write_model(directory: Path, family: str, changes: dict[str, Any]) -> Any:
     config = transformers.AutoConfig.from_pretrained(directory)
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += torch.randn_like(parameter) * 0.1
-            else:
-                parameter *= 4
+    make_visible(model)
     written = (directory / "config.json").read_text()
     model.save_pretrained(directory)
     (directory / "config.json").write_text(written)

@@ -65,15 +65,20 @@ def make_model(name: str, directory: Path, dtype: torch.dtype = torch.float32) -
     config = getattr(transformers, class_name)(**{**SIZES, **changes})
     torch.manual_seed(len(name))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
+    make_visible(model)
+    model.save_pretrained(directory)
+    make_tokenizer().save(str(directory / "tokenizer.json"))
+    return model
+
+
+def make_visible(model: Any) -> None:
+    """Change random weights so that norms differ from one and logits are far apart."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += torch.randn_like(parameter) * 0.1
             else:
                 parameter *= 4
-    model.save_pretrained(directory)
-    make_tokenizer().save(str(directory / "tokenizer.json"))
-    return model
 
 
 def make_tokenizer() -> Any:

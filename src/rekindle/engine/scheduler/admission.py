@@ -43,6 +43,7 @@ class Admission:
         counters: FlowCounters,
         draft: StepDraft,
         running: Collection[Sequence],
+        now_s: float,
     ) -> None:
         self.is_complete = False
         self.admitted: list[Sequence] = []
@@ -52,7 +53,7 @@ class Admission:
         self._memory = memory
         self._counters = counters
         self._draft = draft
-        self._now_s = 0.0
+        self._now_s = now_s
         self._num_running = len(running)
         self._active = adapters_of(running)
         self._overtaken: list[Sequence] = []
@@ -60,10 +61,9 @@ class Admission:
         self._num_awaiting = 0
         self._num_misfits = 0
 
-    def run(self, queue: WaitingQueue, now_s: float) -> None:
+    def run(self, queue: WaitingQueue) -> None:
         """Plan first positions of sequences and loads of adapters into the draft; take the admitted off the queue."""
-        self._now_s = now_s
-        for sequence in queue.in_turn(self._active, now_s):
+        for sequence in queue.in_turn(self._active, self._now_s):
             if self._draft.tokens_left == 0:
                 return
             if self._num_running + len(self.admitted) >= self._config.max_sequences:

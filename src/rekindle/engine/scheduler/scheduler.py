@@ -306,8 +306,8 @@ class Scheduler:
         self._leave(victim)
 
     def _admit(self, draft: StepDraft, now_s: float) -> None:
-        admission = Admission(self._config, self._memory, self._counters, draft, self._running)
-        admission.run(self._queue, now_s)
+        admission = Admission(self._config, self._memory, self._counters, draft, self._running, now_s)
+        admission.run(self._queue)
         self._may_admit = not admission.is_complete
         self._departures.note(len(admission.admitted), len(self._queue), now_s)
         if admission.admitted:
