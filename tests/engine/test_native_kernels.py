@@ -9,12 +9,14 @@ import torch
 from rekindle.engine.kernels.interface import (
     LORA_FIELDS,
     PROJECTIONS,
+    AdapterMatrices,
     AttentionBatch,
     AttentionShape,
     Kernels,
     KVPool,
     LoraBatch,
     LoraGroup,
+    make_lora_batch,
 )
 from rekindle.engine.kernels.linear import FAST
 from rekindle.engine.kernels.native_kernels import NativeKernels, supported_libraries
@@ -74,24 +76,26 @@ def test_gated_activation_equals_the_specification(
 
 def lora_case(
     dtype: torch.dtype, ranks: list[int], rows: list[int], in_features: int, sizes: tuple[int, ...], first: int = 0
-) -> tuple[LoraBatch, LoraGroup, list[torch.Tensor]]:
+) -> tuple[LoraBatch, LoraGroup]:
     """Segments with the given ranks (0: the adapter does not touch the projection) after three base rows."""
-    table = torch.zeros(len(ranks), 2, len(PROJECTIONS), LORA_FIELDS, dtype=torch.int64)
-    memory = []
+    adapters: list[AdapterMatrices | None] = []
     for g, rank in enumerate(ranks):
+        table = torch.zeros(2, len(PROJECTIONS), LORA_FIELDS, dtype=torch.int64)
+        pieces = [torch.full((64,), torch.nan, dtype=dtype)]
         for i, size in enumerate(sizes):
-            if rank == 0 or (g + i) % 5 == 4:
+            if (g + i) % 5 == 4:
                 continue
-            a, b = random(rank, in_features, dtype=dtype, seed=g), random(size, rank, dtype=dtype, seed=g + 50) * 0.1
-            memory += [a, b]
+            a, b = random(rank, in_features, dtype=dtype, seed=g), random(rank, size, dtype=dtype, seed=g + 50) * 0.1
             (bits,) = struct.unpack("q", struct.pack("d", 0.5 + g))
-            table[g, 1, first + i] = torch.tensor([a.data_ptr(), b.data_ptr(), rank, bits])
+            begin = sum(len(piece) for piece in pieces)
+            table[1, first + i] = torch.tensor([begin, begin + a.numel(), rank, bits])
+            pieces += [a.flatten(), b.flatten()]
+        adapters.append(AdapterMatrices(table, vector=torch.cat(pieces)) if rank else None)
     starts = [3]
     for count in rows:
         starts.append(starts[-1] + count)
     offsets = tuple(sum(sizes[:i]) for i in range(len(sizes)))
-    batch = LoraBatch(starts, torch.tensor(starts, dtype=torch.int32), table)
-    return batch, LoraGroup(first, offsets, sizes), memory
+    return make_lora_batch(starts, adapters), LoraGroup(first, offsets, sizes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -115,7 +119,7 @@ def test_lora_equals_the_specification(
     in_features: int,
     sizes: tuple[int, ...],
 ) -> None:
-    batch, group, _memory = lora_case(dtype, ranks, rows, in_features, sizes, first=2)
+    batch, group = lora_case(dtype, ranks, rows, in_features, sizes, first=2)
     x = random(batch.row_start[-1], in_features, dtype=dtype, seed=7) * 0.2
     base = random(batch.row_start[-1], sum(sizes), dtype=dtype, seed=8)
     ours, theirs = base.clone(), base.clone()
@@ -128,7 +132,7 @@ def test_lora_equals_the_specification(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_lora_row_does_not_depend_on_the_batch_or_the_threads(kernels: NativeKernels, dtype: torch.dtype) -> None:
     ranks, rows = [8, 32, 3, 64], [40, 1, 7, 2]
-    batch, group, _memory = lora_case(dtype, ranks, rows, 96, (96, 32, 32))
+    batch, group = lora_case(dtype, ranks, rows, 96, (96, 32, 32))
     x = random(batch.row_start[-1], 96, dtype=dtype, seed=7)
     base = random(batch.row_start[-1], 160, dtype=dtype, seed=8)
     together = base.clone()
@@ -138,7 +142,7 @@ def test_a_lora_row_does_not_depend_on_the_batch_or_the_threads(kernels: NativeK
     try:
         for g, count in enumerate(rows):
             for row in range(batch.row_start[g], batch.row_start[g] + count):
-                one = LoraBatch([0, 1], torch.tensor([0, 1], dtype=torch.int32), batch.table_GLPF[g : g + 1])
+                one = make_lora_batch([0, 1], [batch.adapters[g]])
                 alone = base[row : row + 1].clone()
                 kernels.lora(x[row : row + 1], alone, one, 1, group)
                 assert torch.equal(alone[0], together[row])

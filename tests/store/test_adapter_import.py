@@ -67,16 +67,16 @@ def test_an_adapter_is_stored_as_one_vector_with_its_manifest_and_config(adapter
     assert len(vector) == manifest.num_elements
     for binding in manifest.bindings:
         a = matrix(vector, binding.a_offset, 4, binding.in_features)
-        b = matrix(vector, binding.b_offset, binding.out_features, 4)
+        b = matrix(vector, binding.b_offset, 4, binding.out_features)
         assert torch.equal(a, adapter.tensors[f"{PREFIX}{binding.module}.lora_A.weight"])
-        assert torch.equal(b, adapter.tensors[f"{PREFIX}{binding.module}.lora_B.weight"])
+        assert torch.equal(b.T, adapter.tensors[f"{PREFIX}{binding.module}.lora_B.weight"])
 
 
 def test_other_tools_can_read_the_stored_file(adapter: AdapterDirectory, home: Home) -> None:
     manifest = imported(adapter, home)
     with safe_open(home.adapter_directory(manifest.digest) / "adapter.safetensors", "pt") as file:
-        stored = file.get_tensor("model.layers.1.self_attn.v_proj.lora_B.weight")
-    assert torch.equal(stored, adapter.tensors[f"{PREFIX}model.layers.1.self_attn.v_proj.lora_B.weight"])
+        stored = file.get_tensor("model.layers.1.self_attn.v_proj.lora_B_transposed.weight")
+    assert torch.equal(stored.T, adapter.tensors[f"{PREFIX}model.layers.1.self_attn.v_proj.lora_B.weight"])
 
 
 def test_an_embedding_update_is_stored_by_token(tmp_path: Path, home: Home) -> None:
@@ -120,8 +120,8 @@ def test_mixed_types_are_widened_without_changing_a_value(
     changed = adapter.tensors[f"{Q0}.lora_B.weight"] = adapter.tensors[f"{Q0}.lora_B.weight"].to(others)
     manifest = imported(adapter, home)
     assert manifest.dtype == widest
-    stored = matrix(stored_vector(home, manifest), manifest.bindings[0].b_offset, HIDDEN, 4)
-    assert torch.equal(stored.float(), changed.float())
+    stored = matrix(stored_vector(home, manifest), manifest.bindings[0].b_offset, 4, HIDDEN)
+    assert torch.equal(stored.float().T, changed.float())
 
 
 def test_a_replaced_matrix_is_stored_beside_the_updates(adapter: AdapterDirectory, home: Home) -> None:

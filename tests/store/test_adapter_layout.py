@@ -54,8 +54,8 @@ def extents(manifest: AdapterManifest) -> list[tuple[int, int, str, torch.Size]]
             ("B", binding.b_offset, binding.out_features),
         ):
             name = f"{PREFIX}{binding.module}.{infix}{part}{ending}"
-            is_by_row = part == "B" or binding.projection == "embed_tokens"
-            shape = torch.Size((width, binding.rank) if is_by_row else (binding.rank, width))
+            is_embedding = binding.projection == "embed_tokens"
+            shape = torch.Size((width, binding.rank) if is_embedding else (binding.rank, width))
             found.append((offset, offset + shape.numel(), name, shape))
     for matrix in manifest.replaced:
         shape = torch.Size((matrix.rows, matrix.columns))
@@ -84,7 +84,8 @@ def test_matrices_are_aligned_apart_and_equal_to_their_source(drawn: dict) -> No
         assert not vector[end:offset].any()
     assert manifest.num_elements - places[-1][1] < ALIGNMENT_ELEMENTS
     for offset, end, name, shape in places:
-        source = adapter.tensors[name].T if name.endswith("lora_embedding_A") else adapter.tensors[name]
+        is_transposed = name.endswith(("lora_embedding_A", "lora_B.weight"))
+        source = adapter.tensors[name].T if is_transposed else adapter.tensors[name]
         assert torch.equal(vector[offset:end].view(shape), source)
 
 
@@ -97,7 +98,7 @@ def test_matrices_lie_in_the_order_of_their_first_use(tmp_path: Path) -> None:
     layer = [
         f"{module}.lora_{part}.weight"
         for group in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-        for part in "AB"
+        for part in ("A", "B_transposed")
         for module in (next(name for name in LAYER_SHAPES if name.endswith(f".{key}_proj")) for key in group)
     ]
     assert names == [
@@ -105,5 +106,5 @@ def test_matrices_lie_in_the_order_of_their_first_use(tmp_path: Path) -> None:
         "model.embed_tokens.lora_B.weight",
         *(f"model.layers.{i}.{name}" for i in (0, 1) for name in layer),
         "lm_head.lora_A.weight",
-        "lm_head.lora_B.weight",
+        "lm_head.lora_B_transposed.weight",
     ]

@@ -106,7 +106,7 @@ def check_against_peft(base: Base, directory: Path, manifest: AdapterManifest) -
             assert torch.equal(stored[f"{name}.lora_B.weight"], layer.lora_embedding_B["default"])
         else:
             assert torch.equal(stored[f"{name}.lora_A.weight"], layer.lora_A["default"].weight)
-            assert torch.equal(stored[f"{name}.lora_B.weight"], layer.lora_B["default"].weight)
+            assert torch.equal(stored[f"{name}.lora_B_transposed.weight"].T, layer.lora_B["default"].weight)
     saved = {
         name: module.modules_to_save["default"].weight
         for name, module in reloaded.base_model.model.named_modules()

@@ -14,7 +14,7 @@ from hashlib import blake2b
 
 from rekindle.engine.scheduler.plan import AdapterLoad, PlannedSequence, SequenceResult, StepPlan, StepResult
 from rekindle.engine.scheduler.scheduler import Scheduler, SchedulerConfig
-from rekindle.protocol.adapters import AdapterManifest
+from rekindle.protocol.adapters import ADAPTER_LAYOUT, AdapterManifest
 from rekindle.protocol.generation import FinishReason, GenerateRequest, TokenChunk, TokenLogprobs
 from rekindle.protocol.identity import AdapterDigest, ModelDigest, RequestId
 from rekindle.protocol.sampling import SamplingParams
@@ -57,6 +57,7 @@ def make_manifest(name: str, num_pages: int = 1) -> AdapterManifest:
         ranks=(8,),
         targets=("q_proj",),
         bindings=(),
+        layout=ADAPTER_LAYOUT,
     )
 
 

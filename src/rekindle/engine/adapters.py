@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from rekindle.engine.kernels.interface import LORA_FIELDS, PROJECTIONS
+from rekindle.engine.kernels.interface import LORA_FIELDS, PROJECTIONS, AdapterMatrices
 from rekindle.engine.memory import MappedPages, PagePool
 from rekindle.engine.scheduler.plan import AdapterLoad
 from rekindle.errors import AdapterRejected
@@ -45,11 +45,11 @@ class EmbeddingUpdate:
 
 @dataclass(frozen=True, slots=True)
 class ResidentAdapter:
-    """One adapter in device memory. `table_LPF` is its part of `LoraBatch.table_GLPF`."""
+    """One adapter in device memory."""
 
     manifest: AdapterManifest
     pages: MappedPages
-    table_LPF: torch.Tensor
+    matrices: AdapterMatrices
     embedding: EmbeddingUpdate | None
     replaced_embedding_VH: torch.Tensor | None
     replaced_head_VH: torch.Tensor | None
@@ -168,21 +168,17 @@ class AdapterMemory:
             is_head = binding.projection == "lm_head"
             row = self._num_layers if is_head else binding.layer
             column = 0 if is_head else PROJECTIONS.index(binding.projection)
-            table_LPF[row, column] = torch.tensor(self._entry(binding, pages.address))
+            table_LPF[row, column] = torch.tensor(_entry(binding))
         replaced = {
             matrix.projection: pages.tensor(self._dtype, matrix.rows * matrix.columns, matrix.offset).view(
                 matrix.rows, matrix.columns
             )
             for matrix in manifest.replaced
         }
+        matrices = AdapterMatrices(table_LPF, vector=pages.tensor(self._dtype, manifest.num_elements, 0))
         return ResidentAdapter(
-            manifest, pages, table_LPF, embedding, replaced.get("embed_tokens"), replaced.get("lm_head")
+            manifest, pages, matrices, embedding, replaced.get("embed_tokens"), replaced.get("lm_head")
         )
-
-    def _entry(self, binding: LoraBinding, address: int) -> list[int]:
-        size = self._dtype.itemsize
-        (scale_bits,) = struct.unpack("q", struct.pack("d", binding.scale))
-        return [address + binding.a_offset * size, address + binding.b_offset * size, binding.rank, scale_bits]
 
     def _embedding(self, binding: LoraBinding, pages: MappedPages) -> EmbeddingUpdate:
         rank = binding.rank
@@ -191,6 +187,11 @@ class AdapterMemory:
         return EmbeddingUpdate(
             a_VR.view(binding.in_features, rank), b_HR.view(binding.out_features, rank), binding.scale
         )
+
+
+def _entry(binding: LoraBinding) -> list[int]:
+    (scale_bits,) = struct.unpack("q", struct.pack("d", binding.scale))
+    return [binding.a_offset, binding.b_offset, binding.rank, scale_bits]
 
 
 def _read_exactly(fd: int, target: memoryview, offset: int) -> None:

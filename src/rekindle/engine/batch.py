@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from rekindle.engine.adapters import ResidentAdapter
-from rekindle.engine.kernels.interface import AttentionBatch, LoraBatch
+from rekindle.engine.kernels.interface import AdapterMatrices, AttentionBatch, LoraBatch, make_lora_batch
 from rekindle.engine.models.decoder import ForwardBatch
 from rekindle.engine.scheduler.plan import PlannedSequence
 from rekindle.protocol.identity import AdapterDigest, RequestId
@@ -79,21 +79,19 @@ def lora_batch(adapters: Sequence[AdapterRows], num_rows: int) -> LoraBatch | No
     if not adapters:
         return None
     row_start: list[int] = []
-    tables: list[torch.Tensor] = []
-    nothing_LPF = torch.zeros_like(adapters[0].adapter.table_LPF)
+    matrices: list[AdapterMatrices | None] = []
     end = adapters[0].start
     for rows in adapters:
         if rows.start > end:
             row_start.append(end)
-            tables.append(nothing_LPF)
+            matrices.append(None)
         row_start.append(rows.start)
-        tables.append(rows.adapter.table_LPF)
+        matrices.append(rows.adapter.matrices)
         end = rows.end
     if end < num_rows:
         row_start.append(end)
-        tables.append(nothing_LPF)
-    row_start.append(num_rows)
-    return LoraBatch(row_start, torch.tensor(row_start, dtype=torch.int32), torch.stack(tables))
+        matrices.append(None)
+    return make_lora_batch([*row_start, num_rows], matrices)
 
 
 def select_rows(adapters: Sequence[AdapterRows], rows: Sequence[int]) -> tuple[AdapterRows, ...]:

@@ -13,6 +13,8 @@ from rekindle.protocol.identity import AdapterDigest, ModelDigest
 
 ALIGNMENT_ELEMENTS = 64
 ADAPTER_FILE_NAME = "adapter.safetensors"
+ADAPTER_LAYOUT = 2
+"""How `LoraBinding` lays matrices out. Layout 1, of before the first release, stored B untransposed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +22,9 @@ class LoraBinding:
     """One low-rank update: y += scale * (x @ A.T) @ B.T.
 
     `projection` is the last part of the module's name ("q_proj", "down_proj", "lm_head", "embed_tokens"); `layer` is
-    -1 outside the layers. A is [rank, in_features] row-major at `a_offset`; B is [out_features, rank] row-major at
-    `b_offset`. For "embed_tokens" A is stored as [num_embeddings, rank], that is transposed from PEFT's file, so that
-    a token's row is contiguous, and B as [dimension, rank].
+    -1 outside the layers. At `a_offset` lies A, [rank, in_features] row-major, and at `b_offset` the transpose of B,
+    [rank, out_features] row-major. For "embed_tokens" these are the transpose of PEFT's A, [num_embeddings, rank], so
+    that a token's row is contiguous, and B itself, [dimension, rank].
     """
 
     module: str
@@ -53,7 +55,8 @@ class AdapterManifest:
     """One immutable adapter version, bound to one base model.
 
     `dtype` is the safetensors name of the file's element type; `num_elements` is the flat vector's length with its
-    alignment padding. `ranks` are the distinct ranks, rising; `targets` the distinct projections, sorted.
+    alignment padding. `ranks` are the distinct ranks, rising; `targets` the distinct projections, sorted. A `layout`
+    other than `ADAPTER_LAYOUT` cannot be read.
     """
 
     digest: AdapterDigest
@@ -64,3 +67,4 @@ class AdapterManifest:
     targets: tuple[str, ...]
     bindings: tuple[LoraBinding, ...]
     replaced: tuple[ReplacedMatrix, ...] = ()
+    layout: int = 1

@@ -2,8 +2,9 @@
 
 A replaced or updated embedding comes first, the output head last. Within a layer the matrices of q, k and v, of o, of
 gate and up, and of down follow one another, in each group all A before all B, so that modules that share their input
-are read in one stretch. Every matrix starts at a multiple of `ALIGNMENT_ELEMENTS`; the format allows no gaps, so what
-is needed in between is a tensor of zeros named `__pad__.<n>`.
+are read in one stretch. B of a linear layer is stored transposed: kernels add up multiples of its columns, and rows as
+long as the layer is wide keep to aligned blocks whatever the rank. Every matrix starts at a multiple of
+`ALIGNMENT_ELEMENTS`; the format allows no gaps, so what is needed in between is a tensor of zeros named `__pad__.<n>`.
 """
 
 from __future__ import annotations
@@ -102,14 +103,7 @@ def _place_matrix(file: _FilePlan, matrix: WholeMatrix) -> ReplacedMatrix:
 
 def _place_group(file: _FilePlan, group: Sequence[LoraTensors]) -> list[LoraBinding]:
     a_offsets = [_place_a(file, update) for update in group]
-    b_offsets = [
-        file.place(
-            f"{update.target.module.name}.lora_B.weight",
-            (update.target.module.out_features, update.target.rank),
-            update.b,
-        )
-        for update in group
-    ]
+    b_offsets = [_place_b(file, update) for update in group]
     bindings = []
     for update, a_offset, b_offset in zip(group, a_offsets, b_offsets, strict=True):
         target = update.target
@@ -136,3 +130,11 @@ def _place_a(file: _FilePlan, update: LoraTensors) -> int:
         shape = (module.in_features, rank)
         return file.place(f"{module.name}.lora_A_transposed.weight", shape, update.a, is_transposed=True)
     return file.place(f"{module.name}.lora_A.weight", (rank, module.in_features), update.a)
+
+
+def _place_b(file: _FilePlan, update: LoraTensors) -> int:
+    module, rank = update.target.module, update.target.rank
+    if module.kind == "embedding":
+        return file.place(f"{module.name}.lora_B.weight", (module.out_features, rank), update.b)
+    shape = (rank, module.out_features)
+    return file.place(f"{module.name}.lora_B_transposed.weight", shape, update.b, is_transposed=True)

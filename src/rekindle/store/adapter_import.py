@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from rekindle.errors import AdapterRejected, ConfigurationError, ModelRejected
-from rekindle.protocol.adapters import ADAPTER_FILE_NAME, AdapterManifest
+from rekindle.protocol.adapters import ADAPTER_FILE_NAME, ADAPTER_LAYOUT, AdapterManifest
 from rekindle.protocol.identity import AdapterDigest
 from rekindle.protocol.models import ModelManifest
 from rekindle.store.adapter_binding import Binding, WholeMatrix, bind
@@ -174,6 +174,7 @@ def _manifest(layout: AdapterLayout, base: ModelManifest, dtype: str) -> Adapter
         targets=tuple(sorted(projections)),
         bindings=layout.bindings,
         replaced=layout.replaced,
+        layout=ADAPTER_LAYOUT,
     )
 
 

@@ -10,16 +10,20 @@ are adjacent and rise in position.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from rekindle.errors import InternalError
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Column order of `LoraBatch.table_GLPF`."""
+"""Column order of `AdapterMatrices.table_LPF`."""
 
 LORA_FIELDS = 4
-"""Fields of one table entry: address of A, address of B, rank, bits of the float64 scale. Rank 0: no update."""
+"""Fields of one table entry: where A and where the transpose of B begin in the adapter's vector, in elements; the rank;
+the bits of the float64 scale. Rank 0: no update."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +65,63 @@ class KVPool:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterMatrices:
+    """Where one adapter's matrices lie.
+
+    Entry [layer, projection] of `table_LPF` (int64, see `LORA_FIELDS`) locates A [rank, K] and B transposed [rank, N],
+    both row-major in the compute dtype, in the adapter's flat vector. Layer index L (one past the last) holds lm_head
+    at projection 0. On a CPU the vector is mapped as a whole and `vector` views it. On a GPU it lies in the pages
+    `pages_M` (int32) of the pool, in order; matrices begin at multiples of 64 elements, and so do pages.
+    """
+
+    table_LPF: torch.Tensor
+    vector: torch.Tensor | None = None
+    pages_M: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class LoraBatch:
     """The adapters of a step.
 
-    Segment g covers rows `row_start[g] .. row_start[g + 1]`; rows before `row_start[0]` use the base alone. Entry
-    [g, layer, projection] of `table_GLPF` (int64, see `LORA_FIELDS`) locates A [rank, K] and B [N, rank], both
-    row-major in the compute dtype. Layer index L (one past the last) holds lm_head at projection 0. The memory is
-    owned by the adapter pool and pinned while the step runs.
+    Segment g covers rows `row_start[g] .. row_start[g + 1]`, which `adapters[g]` changes, None being the base; rows
+    before `row_start[0]` use the base alone. `tables_G` and `places_G` hold the addresses of each adapter's `table_LPF`
+    and of its `vector` or `pages_M`, 0 for the base. `pool_PX` is the pool as pages of elements, on a GPU. The memory
+    is owned by the adapter pool and pinned while the step runs.
     """
 
     row_start: list[int]
     row_start_G1: torch.Tensor  # int32 [G + 1]
-    table_GLPF: torch.Tensor
+    adapters: tuple[AdapterMatrices | None, ...]
+    tables_G: torch.Tensor  # int64 [G]
+    places_G: torch.Tensor  # int64 [G]
+    pool_PX: torch.Tensor | None = None
+
+
+def make_lora_batch(
+    row_start: list[int], adapters: Sequence[AdapterMatrices | None], pool_PX: torch.Tensor | None = None
+) -> LoraBatch:
+    """A `LoraBatch` of these segments, on the device of the pool, or of the CPU without one."""
+    device = torch.device("cpu") if pool_PX is None else pool_PX.device
+    return LoraBatch(
+        row_start,
+        torch.tensor(row_start, dtype=torch.int32, device=device),
+        tuple(adapters),
+        torch.tensor([0 if it is None else it.table_LPF.data_ptr() for it in adapters], device=device),
+        torch.tensor([0 if it is None else _place(it).data_ptr() for it in adapters], device=device),
+        pool_PX,
+    )
+
+
+def _place(adapter: AdapterMatrices) -> torch.Tensor:
+    place = adapter.pages_M if adapter.vector is None else adapter.vector
+    if place is None:
+        raise InternalError("an adapter's matrices are neither mapped nor in pages")
+    return place
 
 
 @dataclass(frozen=True, slots=True)
 class LoraGroup:
-    """Projections that share one input: columns `first .. first + count` of the table, writing to
+    """Projections that share one input: columns `first .. first + count` of the tables, writing to
     `out_offsets[i] .. out_offsets[i] + out_sizes[i]` of the fused output's columns."""
 
     first: int

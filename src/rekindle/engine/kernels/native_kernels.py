@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from rekindle.engine.kernels.interface import (
+    LORA_FIELDS,
+    PROJECTIONS,
     AttentionBatch,
     AttentionShape,
     KVPool,
@@ -82,9 +84,9 @@ class _KVPoolRecord(ctypes.Structure):
 class _LoraBatchRecord(ctypes.Structure):
     _fields_ = (
         ("row_start", _ADDRESS),
-        ("table", _ADDRESS),
+        ("tables", _ADDRESS),
+        ("vectors", _ADDRESS),
         ("num_segments", _INT64),
-        ("segment_stride", _INT64),
         ("layer_stride", _INT64),
     )
 
@@ -131,12 +133,10 @@ def _bind_pool(pool: KVPool) -> _Bound:
 
 
 def _bind_lora_batch(batch: LoraBatch) -> _Bound:
-    table_GLPF = batch.table_GLPF
-    segment_stride, layer_stride, *_ = table_GLPF.stride()
-    record = _LoraBatchRecord(
-        batch.row_start_G1.data_ptr(), table_GLPF.data_ptr(), len(batch.row_start) - 1, segment_stride, layer_stride
-    )
-    return _bind(batch, record, batch.row_start_G1, table_GLPF)
+    tensors = (batch.row_start_G1, batch.tables_G, batch.places_G)
+    addresses = (tensor.data_ptr() for tensor in tensors)
+    record = _LoraBatchRecord(*addresses, len(batch.adapters), len(PROJECTIONS) * LORA_FIELDS)
+    return _bind(batch, record, *tensors)
 
 
 def _bind_group(group: LoraGroup) -> _Bound:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
 
 import torch
 import torch.nn.functional as F
 
 from rekindle.engine.kernels.interface import (
+    AdapterMatrices,
     AttentionBatch,
     AttentionShape,
     KVPool,
@@ -17,6 +17,7 @@ from rekindle.engine.kernels.interface import (
     PackedLinear,
 )
 from rekindle.engine.kernels.linear import PLAIN, LinearOps
+from rekindle.errors import InternalError
 
 
 class ReferenceKernels:
@@ -87,16 +88,19 @@ class ReferenceKernels:
         return (gate * up).to(gate_up_TF.dtype)
 
     def lora(self, x_TK: torch.Tensor, y_TN: torch.Tensor, batch: LoraBatch, layer: int, group: LoraGroup) -> None:
-        for g in range(len(batch.row_start) - 1):
+        for g, adapter in enumerate(batch.adapters):
+            if adapter is None:
+                continue
+            vector = vector_of(adapter, batch.pool_PX)
             rows = slice(batch.row_start[g], batch.row_start[g + 1])
             for i, (offset, size) in enumerate(zip(group.out_offsets, group.out_sizes, strict=True)):
-                a_address, b_address, rank, scale_bits = batch.table_GLPF[g, layer, group.first + i].tolist()
+                a_offset, b_offset, rank, scale_bits = adapter.table_LPF[layer, group.first + i].tolist()
                 if rank == 0:
                     continue
                 (scale,) = struct.unpack("d", struct.pack("q", scale_bits))
-                a_RK = matrix_at(a_address, rank, x_TK.shape[1], x_TK.dtype).float()
-                b_NR = matrix_at(b_address, size, rank, x_TK.dtype).float()
-                delta = (x_TK[rows].float() @ a_RK.T) @ b_NR.T * scale
+                a_RK = _matrix(vector, a_offset, rank, x_TK.shape[1]).float()
+                b_RN = _matrix(vector, b_offset, rank, size).float()
+                delta = (x_TK[rows].float() @ a_RK.T) @ b_RN * scale
                 target = y_TN[rows, offset : offset + size]
                 target.copy_(target.float() + delta)
 
@@ -109,8 +113,14 @@ def visible(num_queries: int, context: int, window: int) -> torch.Tensor:
     return mask & (distance < window) if window else mask
 
 
-def matrix_at(address: int, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """A [rows, columns] view of memory that the caller keeps alive."""
-    num_bytes = rows * columns * dtype.itemsize
-    buffer = (ctypes.c_char * num_bytes).from_address(address)
-    return torch.frombuffer(buffer, dtype=dtype).view(rows, columns)
+def vector_of(adapter: AdapterMatrices, pool_PX: torch.Tensor | None) -> torch.Tensor:
+    """An adapter's flat vector: a view of mapped memory, or gathered from its pages."""
+    if adapter.vector is not None:
+        return adapter.vector
+    if adapter.pages_M is None or pool_PX is None:
+        raise InternalError("an adapter's matrices are neither mapped nor in pages")
+    return pool_PX[adapter.pages_M].flatten()
+
+
+def _matrix(vector: torch.Tensor, offset: int, rows: int, columns: int) -> torch.Tensor:
+    return vector[offset : offset + rows * columns].view(rows, columns)

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from rekindle.engine.kernels.interface import AttentionBatch, AttentionShape, KVPool, LoraBatch, LoraGroup
+from rekindle.engine.kernels.interface import (
+    AttentionBatch,
+    AttentionShape,
+    KVPool,
+    LoraBatch,
+    LoraGroup,
+    make_lora_batch,
+)
 from rekindle.engine.kernels.reference import ReferenceKernels
 
 
@@ -26,9 +33,9 @@ class RowwiseKernels(ReferenceKernels):
         return torch.cat(rows)
 
     def lora(self, x_TK: torch.Tensor, y_TN: torch.Tensor, batch: LoraBatch, layer: int, group: LoraGroup) -> None:
-        for g in range(len(batch.row_start) - 1):
+        for g, adapter in enumerate(batch.adapters):
+            one = make_lora_batch([0, 1], [adapter], batch.pool_PX)
             for row in range(batch.row_start[g], batch.row_start[g + 1]):
-                one = LoraBatch([0, 1], torch.tensor([0, 1], dtype=torch.int32), batch.table_GLPF[g : g + 1])
                 super().lora(x_TK[row : row + 1], y_TN[row : row + 1], one, layer, group)
 
 

@@ -15,7 +15,7 @@ from rekindle.engine.scheduler.config import SchedulerConfig
 from rekindle.engine.scheduler.plan import AdapterLoad
 from rekindle.engine.scheduler.pool import PagePool
 from rekindle.errors import AdapterRejected, InternalError, NotFound
-from rekindle.protocol.adapters import AdapterManifest
+from rekindle.protocol.adapters import ADAPTER_LAYOUT, AdapterManifest
 from rekindle.protocol.identity import AdapterDigest
 
 
@@ -80,6 +80,11 @@ class AdapterCache:
                 f"adapter {manifest.digest} was made for base {manifest.base}, but this replica serves "
                 f"{self._config.base}; register it with its own base",
                 field="base_model",
+            )
+        if manifest.layout != ADAPTER_LAYOUT:
+            raise AdapterRejected(
+                f"adapter {manifest.digest} was stored in layout {manifest.layout}, this version of Rekindle reads "
+                f"layout {ADAPTER_LAYOUT}; add it again from its PEFT directory"
             )
         num_bytes = manifest.num_elements * self._config.element_bytes
         version = self._versions.setdefault(

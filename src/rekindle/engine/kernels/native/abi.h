@@ -38,9 +38,9 @@ struct KVPoolRecord {
 
 struct LoraBatchRecord {
   const int32_t* row_start;  // [G + 1]
-  const int64_t* table;      // [G, layers, projections, 4]
+  const int64_t* tables;     // [G] addresses of int64 [layers, projections, 4], 0 for the base
+  const int64_t* vectors;    // [G] addresses of the adapters' elements
   int64_t num_segments;
-  int64_t segment_stride;
   int64_t layer_stride;
 };
 

@@ -22,8 +22,8 @@ constexpr int DOT_RANKS = 4;
 
 template <class T>
 struct Update {
-  const T* a;
-  const T* b;
+  const T* a;  // [rank, size]
+  const T* b;  // [rank, out_size], the transpose of B
   int64_t rank;
   float scale;
   int64_t first_row, end_row;
@@ -110,32 +110,30 @@ void shrink(const Update<T>& update, const Unit& unit, const T* x, int64_t x_str
 
 template <class T>
 void expand(const Update<T>& update, const Unit& unit, T* y, int64_t y_stride) {
-  thread_local Scratch scratch;
-  const int64_t row_bytes = update.rank * (int64_t)sizeof(T), words = words_of(row_bytes);
-  const int64_t panel_stride = words * LANES;
-  uint32_t* panels = scratch.reserve<uint32_t>(panel_stride * TILE_VECTORS);
   for (int64_t column = unit.first; column < unit.end; column += LANES * TILE_VECTORS) {
     const int64_t columns = std::min<int64_t>(unit.end - column, LANES * TILE_VECTORS);
-    const int num_panels = (int)((columns + LANES - 1) / LANES);
-    for (int n = 0; n < num_panels; ++n) {
-      const char* rows[LANES];
-      const int num_rows = (int)std::min<int64_t>(columns - n * LANES, LANES);
-      for (int i = 0; i < num_rows; ++i) rows[i] = (const char*)(update.b + (column + n * LANES + i) * update.rank);
-      gather_panel(rows, num_rows, row_bytes, panels + n * panel_stride);
-    }
+    const int num_vectors = (int)((columns + LANES - 1) / LANES);
     for_each_row_tile(unit.end_row - unit.first_row, [&](int64_t tile_row, int tile_rows) {
       const int64_t first_row = unit.first_row + tile_row;
-      const FloatRows<T> inner{update.inner + (first_row - update.first_row) * update.inner_stride, update.inner_stride};
-      with_tile(tile_rows, num_panels, [&](auto M, auto N) {
+      const float* inner = update.inner + (first_row - update.first_row) * update.inner_stride;
+      with_tile(tile_rows, num_vectors, [&](auto M, auto N) {
+        const auto count = [&](int n) { return (int)std::min<int64_t>(columns - n * LANES, LANES); };
         vf acc[M][N] = {};
-        multiply_panels<M, N>(inner, panels, panel_stride, words, acc);
+        for (int64_t r = 0; r < update.rank; ++r) {
+          const T* b = update.b + r * update.out_size + column;
+          vf bs[N];
+          for (int n = 0; n < N; ++n) bs[n] = count(n) == LANES ? load(b + n * LANES) : load(b + n * LANES, count(n));
+          for (int m = 0; m < M; ++m) {
+            const vf x = splat(inner[m * update.inner_stride + r]);
+            for (int n = 0; n < N; ++n) acc[m][n] = fma(x, bs[n], acc[m][n]);
+          }
+        }
         for (int m = 0; m < M; ++m) {
           T* out = y + (first_row + m) * y_stride + update.out_offset + column;
           for (int n = 0; n < N; ++n) {
-            const int count = (int)std::min<int64_t>(columns - n * LANES, LANES);
             T* target = out + n * LANES;
-            if (count == LANES) store(target, fma(acc[m][n], splat(update.scale), load(target)));
-            else store(target, fma(acc[m][n], splat(update.scale), load(target, count)), count);
+            if (count(n) == LANES) store(target, fma(acc[m][n], splat(update.scale), load(target)));
+            else store(target, fma(acc[m][n], splat(update.scale), load(target, count(n))), count(n));
           }
         }
       });
@@ -148,15 +146,16 @@ std::vector<Update<T>> updates_of(const LoraBatchRecord& batch, const LoraGroupR
   std::vector<Update<T>> updates;
   for (int64_t g = 0; g < batch.num_segments; ++g) {
     const int64_t first_row = batch.row_start[g], end_row = batch.row_start[g + 1];
-    if (first_row >= end_row) continue;
-    const int64_t* entries = batch.table + g * batch.segment_stride + layer * batch.layer_stride;
+    if (first_row >= end_row || batch.tables[g] == 0) continue;
+    const int64_t* entries = (const int64_t*)batch.tables[g] + layer * batch.layer_stride;
+    const T* vector = (const T*)batch.vectors[g];
     for (int64_t i = 0; i < group.count; ++i) {
       const int64_t* entry = entries + (group.first + i) * TABLE_FIELDS;
       const int64_t rank = entry[2];
       if (rank <= 0) continue;
       double scale;
       std::memcpy(&scale, &entry[3], sizeof scale);
-      updates.push_back({(const T*)entry[0], (const T*)entry[1], rank, (float)scale, first_row, end_row,
+      updates.push_back({vector + entry[0], vector + entry[1], rank, (float)scale, first_row, end_row,
                          group.out_offsets[i], group.out_sizes[i], nullptr, (rank + 1) & ~int64_t{1}});
     }
   }
