@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rekindle.engine import adapters
+from rekindle.engine import host_memory, vectors
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.identity import AdapterDigest
 from rekindle.store.adapter_import import import_adapter
@@ -134,7 +134,7 @@ def test_a_file_in_another_dtype_is_converted_piece_by_piece(served: Served, mon
     prompt = random_prompts()[2]
 
     def run(piece: int) -> Output:
-        monkeypatch.setattr(adapters, "_STAGED_ELEMENTS", piece)
+        monkeypatch.setattr(host_memory, "_STAGED_ELEMENTS", piece)
         engine = LocalEngine(served.model_dir, served.manifest, dtype="bfloat16")
         digest = engine.add_adapter(served.adapter_dirs["patterns"], import_adapter_again(served, "patterns"))
         output = engine.run([greedy("r", prompt, 8, digest, logprobs=3)])["r"]
@@ -151,7 +151,7 @@ def test_a_load_that_fails_for_whatever_reason_ends_its_requests_and_no_others(
     digest = engine.add_adapter(served.adapter_dirs["regex"], import_adapter_again(served, "regex"))
     prompt = random_prompts()[1]
     with monkeypatch.context() as patched:
-        patched.setattr(adapters, "data_section", lambda path: 1 / 0)
+        patched.setattr(vectors, "data_section", lambda path: 1 / 0)
         outputs = engine.run([greedy("bad", prompt, 4, digest), greedy("good", prompt, 4)])
     assert "could not be loaded: division by zero" in (outputs["bad"].error or "")
     assert outputs["good"].token_ids == oracle_greedy(served.base, prompt, 4)

@@ -1,58 +1,64 @@
-"""Resident adapters: bytes in the page pool, and the tables that tell kernels where each matrix lies.
+"""Resident adapters: their vectors in the page pool, and the tables that tell kernels where each matrix lies.
 
-A load runs on a reader thread straight into the adapter's mapped pages while steps go on; `wake` is called when it
-ends, and the step loop collects the outcome with `finished`. Pages belong to the scheduler: it says which to fill and
-when an adapter is evicted, and never while a step uses it.
+A load runs on a reader thread straight into the adapter's pages while steps go on; `wake` is called when it ends, and
+the step loop collects the outcome with `finished`. Pages belong to the scheduler: it says which to fill and when an
+adapter is evicted, and never while a step uses it.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from rekindle.engine.kernels.interface import LORA_FIELDS, PROJECTIONS, AdapterMatrices
-from rekindle.engine.memory import MappedPages, PagePool
 from rekindle.engine.scheduler.plan import AdapterLoad
-from rekindle.errors import AdapterRejected
-from rekindle.protocol.adapters import AdapterManifest, LoraBinding
+from rekindle.engine.vectors import AdapterVector
+from rekindle.protocol.adapters import AdapterManifest, LoraBinding, ReplacedMatrix
 from rekindle.protocol.identity import AdapterDigest
-from rekindle.store.safetensors_file import data_section
 
 _logger = logging.getLogger(__name__)
 
-_STAGED_ELEMENTS = 1 << 20
-"""How much of a file in another dtype is held beside the pool while it is converted."""
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+class VectorLoader(Protocol):
+    """The part of a device's memory that adapters come through."""
 
+    def fence(self) -> object:
+        """A mark after all work that has been given to the device; called by the step loop."""
+        ...
 
-@dataclass(frozen=True, slots=True)
-class EmbeddingUpdate:
-    """A low-rank change of the input embedding: rows of A (by token) times B, scaled."""
+    def load(self, manifest: AdapterManifest, pages: Sequence[int], path: Path, fence: object) -> AdapterVector:
+        """Fill the pages from a file, once the work before `fence` has ended; called by the reader thread.
 
-    a_VR: torch.Tensor
-    b_HR: torch.Tensor
-    scale: float
+        Raises:
+            AdapterRejected: the file holds less than the manifest says.
+            OSError: it cannot be read.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class ResidentAdapter:
-    """One adapter in device memory."""
+    """One adapter in device memory: its low-rank updates by layer, of the embedding if any, and the matrices it
+    replaces."""
 
     manifest: AdapterManifest
-    pages: MappedPages
+    vector: AdapterVector
     matrices: AdapterMatrices
-    embedding: EmbeddingUpdate | None
-    replaced_embedding_VH: torch.Tensor | None
-    replaced_head_VH: torch.Tensor | None
+    embedding: LoraBinding | None
+    replaced_embedding: ReplacedMatrix | None
+    replaced_head: ReplacedMatrix | None
+
+    @property
+    def changes_head(self) -> bool:
+        return "lm_head" in self.manifest.targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +69,21 @@ class LoadOutcome:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    load: AdapterLoad
+    path: Path
+    fence: object
+
+
 class AdapterMemory:
     """Loads, keeps and evicts adapters in pool pages. All methods belong to the step loop's thread."""
 
-    def __init__(self, pool: PagePool, num_layers: int, dtype: torch.dtype, wake: Callable[[], None]) -> None:
-        self._pool, self._num_layers, self._dtype, self._wake = pool, num_layers, dtype, wake
+    def __init__(self, loader: VectorLoader, num_layers: int, wake: Callable[[], None]) -> None:
+        self._loader, self._num_layers, self._wake = loader, num_layers, wake
         self._paths: dict[AdapterDigest, Path] = {}
         self._resident: dict[AdapterDigest, ResidentAdapter] = {}
-        self._requests: queue.SimpleQueue[tuple[AdapterLoad, Path] | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[tuple[LoadOutcome, ResidentAdapter | None]] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read_loop, name="adapter-reader", daemon=True)
         self._reader.start()
@@ -81,7 +94,7 @@ class AdapterMemory:
 
     def start_load(self, load: AdapterLoad) -> None:
         """Begin filling the pages of one adapter."""
-        self._requests.put((load, self._paths[load.manifest.digest]))
+        self._requests.put(_Request(load, self._paths[load.manifest.digest], self._loader.fence()))
 
     @property
     def has_finished(self) -> bool:
@@ -103,101 +116,62 @@ class AdapterMemory:
         return self._resident[digest]
 
     def evict(self, digest: AdapterDigest) -> None:
-        """Unmap an adapter; its pages may be reused at once."""
-        self._resident.pop(digest).pages.close()
+        """Forget an adapter's bytes; its pages may be reused at once."""
+        self._resident.pop(digest).vector.close()
 
     def resident(self) -> tuple[AdapterDigest, ...]:
         """Digests of all resident adapters."""
         return tuple(self._resident)
 
     def close(self) -> None:
-        """Stop the reader and unmap everything."""
+        """Stop the reader and forget everything."""
         self._requests.put(None)
         self._reader.join()
         for adapter in self._resident.values():
-            adapter.pages.close()
+            adapter.vector.close()
         self._resident.clear()
 
     def _read_loop(self) -> None:
         while (request := self._requests.get()) is not None:
-            load, path = request
-            self._outcomes.put(self._load(load, path))
+            self._outcomes.put(self._load(request))
             self._wake()
 
-    def _load(self, load: AdapterLoad, path: Path) -> tuple[LoadOutcome, ResidentAdapter | None]:
-        """Whatever goes wrong is the fate of this load, and the reader goes on, hence the broad handlers."""
-        digest = load.manifest.digest
+    def _load(self, request: _Request) -> tuple[LoadOutcome, ResidentAdapter | None]:
+        """Whatever goes wrong is the fate of this load, and the reader goes on, hence the broad handler."""
+        manifest = request.load.manifest
         try:
-            pages = self._pool.map_pages(load.pages)
+            vector = self._loader.load(manifest, request.load.pages, request.path, request.fence)
             try:
-                self._read(load.manifest, path, pages)
-                return LoadOutcome(digest), self._resident_view(load.manifest, pages)
+                return LoadOutcome(manifest.digest), self._resident_view(manifest, vector)
             except BaseException:
-                pages.close()
+                vector.close()
                 raise
         except Exception as failure:
-            _logger.exception("adapter %s could not be loaded", digest)
-            return LoadOutcome(digest, f"adapter {digest[:12]} could not be loaded: {failure}"), None
+            _logger.exception("adapter %s could not be loaded", manifest.digest)
+            return LoadOutcome(manifest.digest, f"adapter {manifest.digest[:12]} could not be loaded: {failure}"), None
 
-    def _read(self, manifest: AdapterManifest, path: Path, pages: MappedPages) -> None:
-        stored, num_elements = _DTYPES[manifest.dtype], manifest.num_elements
-        section = data_section(path)
-        if section.num_bytes < num_elements * stored.itemsize:
-            raise AdapterRejected(
-                f"{path.name} holds {section.num_bytes} bytes of tensors, {num_elements * stored.itemsize} expected"
-            )
-        with path.open("rb", buffering=0) as file:
-            if stored == self._dtype:
-                target = memoryview(pages.buffer).cast("B")[: num_elements * stored.itemsize]
-                _read_exactly(file.fileno(), target, section.offset)
-                return
-            staged = bytearray(_STAGED_ELEMENTS * stored.itemsize)
-            for start in range(0, num_elements, _STAGED_ELEMENTS):
-                count = min(_STAGED_ELEMENTS, num_elements - start)
-                piece = memoryview(staged)[: count * stored.itemsize]
-                _read_exactly(file.fileno(), piece, section.offset + start * stored.itemsize)
-                pages.tensor(self._dtype, count, start).copy_(torch.frombuffer(piece, dtype=stored))
-
-    def _resident_view(self, manifest: AdapterManifest, pages: MappedPages) -> ResidentAdapter:
+    def _resident_view(self, manifest: AdapterManifest, vector: AdapterVector) -> ResidentAdapter:
         table_LPF = torch.zeros(self._num_layers + 1, len(PROJECTIONS), LORA_FIELDS, dtype=torch.int64)
         embedding = None
         for binding in manifest.bindings:
             if binding.projection == "embed_tokens":
-                embedding = self._embedding(binding, pages)
+                embedding = binding
                 continue
             is_head = binding.projection == "lm_head"
             row = self._num_layers if is_head else binding.layer
             column = 0 if is_head else PROJECTIONS.index(binding.projection)
             table_LPF[row, column] = torch.tensor(_entry(binding))
-        replaced = {
-            matrix.projection: pages.tensor(self._dtype, matrix.rows * matrix.columns, matrix.offset).view(
-                matrix.rows, matrix.columns
-            )
-            for matrix in manifest.replaced
-        }
-        matrices = AdapterMatrices(table_LPF, vector=pages.tensor(self._dtype, manifest.num_elements, 0))
+        replaced = {matrix.projection: matrix for matrix in manifest.replaced}
         return ResidentAdapter(
-            manifest, pages, matrices, embedding, replaced.get("embed_tokens"), replaced.get("lm_head")
-        )
-
-    def _embedding(self, binding: LoraBinding, pages: MappedPages) -> EmbeddingUpdate:
-        rank = binding.rank
-        a_VR = pages.tensor(self._dtype, binding.in_features * rank, binding.a_offset)
-        b_HR = pages.tensor(self._dtype, binding.out_features * rank, binding.b_offset)
-        return EmbeddingUpdate(
-            a_VR.view(binding.in_features, rank), b_HR.view(binding.out_features, rank), binding.scale
+            manifest,
+            vector,
+            vector.matrices(table_LPF),
+            embedding,
+            replaced.get("embed_tokens"),
+            replaced.get("lm_head"),
         )
 
 
 def _entry(binding: LoraBinding) -> list[int]:
     (scale_bits,) = struct.unpack("q", struct.pack("d", binding.scale))
     return [binding.a_offset, binding.b_offset, binding.rank, scale_bits]
-
-
-def _read_exactly(fd: int, target: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(target):
-        count = os.preadv(fd, [target[done:]], offset + done)
-        if count == 0:
-            raise AdapterRejected(f"the adapter's file ends after {done} of {len(target)} bytes")
-        done += count

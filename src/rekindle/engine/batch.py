@@ -43,8 +43,11 @@ def lay_out(
     page_tokens: int,
     adapter_of: Callable[[AdapterDigest], ResidentAdapter],
     latest_samples: Mapping[RequestId, Sequence[int]],
+    device: torch.device,
+    pool_PX: torch.Tensor | None,
 ) -> Layout:
-    """Build a step's tensors. `latest_samples` fills the positions planned before their tokens were known."""
+    """Build a step's tensors. `latest_samples` fills the positions planned before their tokens were known. `pool_PX`
+    is the pool that adapters are read from where they are not mapped."""
     order = sorted(range(len(sequences)), key=lambda i: sequences[i].request.adapter or "")
     token_ids: list[int] = []
     positions: list[int] = []
@@ -63,15 +66,15 @@ def lay_out(
     ordered = [sequences[i] for i in order]
     adapters = _adapter_rows(ordered, starts, adapter_of)
     forward = ForwardBatch(
-        token_ids_T=torch.tensor(token_ids),
-        positions_T=torch.tensor(positions),
-        attention=_attention_batch(ordered, starts, slots, page_tokens),
-        lora=lora_batch(adapters, len(positions)),
+        token_ids_T=torch.tensor(token_ids, device=device),
+        positions_T=torch.tensor(positions, device=device),
+        attention=_attention_batch(ordered, starts, slots, page_tokens, device),
+        lora=lora_batch(adapters, len(positions), pool_PX),
     )
     return Layout(tuple(order), tuple(starts), adapters, forward)
 
 
-def lora_batch(adapters: Sequence[AdapterRows], num_rows: int) -> LoraBatch | None:
+def lora_batch(adapters: Sequence[AdapterRows], num_rows: int, pool_PX: torch.Tensor | None = None) -> LoraBatch | None:
     """The adapters of `num_rows` rows as kernels see them; None if all rows use the base alone.
 
     Rows between or after the given groups become segments that change nothing.
@@ -91,7 +94,7 @@ def lora_batch(adapters: Sequence[AdapterRows], num_rows: int) -> LoraBatch | No
     if end < num_rows:
         row_start.append(end)
         matrices.append(None)
-    return make_lora_batch([*row_start, num_rows], matrices)
+    return make_lora_batch([*row_start, num_rows], matrices, pool_PX)
 
 
 def select_rows(adapters: Sequence[AdapterRows], rows: Sequence[int]) -> tuple[AdapterRows, ...]:
@@ -122,7 +125,7 @@ def _adapter_rows(
 
 
 def _attention_batch(
-    ordered: Sequence[PlannedSequence], starts: list[int], slots: list[int], page_tokens: int
+    ordered: Sequence[PlannedSequence], starts: list[int], slots: list[int], page_tokens: int, device: torch.device
 ) -> AttentionBatch:
     context = [planned.start + planned.num_positions for planned in ordered]
     width = max(-(-length // page_tokens) for length in context)
@@ -131,8 +134,8 @@ def _attention_batch(
     return AttentionBatch(
         query_start=starts,
         context=context,
-        query_start_S1=torch.tensor(starts, dtype=torch.int32),
-        context_S=torch.tensor(context, dtype=torch.int32),
-        pages_SM=torch.tensor(padded, dtype=torch.int32),
-        slots_T=torch.tensor(slots),
+        query_start_S1=torch.tensor(starts, dtype=torch.int32, device=device),
+        context_S=torch.tensor(context, dtype=torch.int32, device=device),
+        pages_SM=torch.tensor(padded, dtype=torch.int32, device=device),
+        slots_T=torch.tensor(slots, device=device),
     )

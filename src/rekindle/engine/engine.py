@@ -12,8 +12,8 @@ import torch
 
 from rekindle.clock import Clock
 from rekindle.engine.adapters import AdapterMemory
-from rekindle.engine.kernels.select import select_kernels
-from rekindle.engine.memory import PagePool, page_bytes_for
+from rekindle.engine.devices import Device, device_of
+from rekindle.engine.memory import page_bytes_for
 from rekindle.engine.models.decoder import Decoder
 from rekindle.engine.models.registry import read_architecture, read_config
 from rekindle.engine.runner import Runner
@@ -39,8 +39,11 @@ class Engine:
         ModelRejected: the model's files do not match its configuration.
     """
 
-    def __init__(self, settings: EngineSettings, clock: Clock, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, settings: EngineSettings, clock: Clock, wake: Callable[[], None], device: Device | None = None
+    ) -> None:
         started_s = clock.monotonic_s()
+        device = device or device_of(settings)
         torch.set_num_threads(settings.num_threads)
         torch.set_grad_enabled(False)
         dtype = _dtype(settings)
@@ -48,20 +51,21 @@ class Engine:
         config = read_config(directory)
         arch = read_architecture(config)
         context_tokens = settings.model.context_length
-        weights = Weights(directory / "model.safetensors", dtype, tensor_shapes(config))
-        kernels = select_kernels(set(arch.attention), deterministic=settings.deterministic)
+        weights = Weights(directory / "model.safetensors", dtype, tensor_shapes(config), device.torch_device)
+        kernels = device.kernels(set(arch.attention), deterministic=settings.deterministic)
         model = Decoder(arch, weights, kernels, context_tokens)
         weights.release_pages()
         loaded_s = clock.monotonic_s()
 
         shape = arch.attention[0]
         page_bytes = page_bytes_for(shape, arch.num_layers, settings.page_tokens, dtype)
-        num_pages = settings.memory_bytes // page_bytes
-        _check_pool(num_pages, page_bytes, settings)
-        self._pool = PagePool(num_pages, page_bytes)
-        self._adapters = AdapterMemory(self._pool, arch.num_layers, dtype, wake)
-        kv = self._pool.kv(shape, arch.num_layers, settings.page_tokens, dtype)
-        self._runner = Runner(model, kv, self._adapters)
+        pool_bytes = device.pool_bytes(settings.memory_bytes)
+        num_pages = pool_bytes // page_bytes
+        _check_pool(num_pages, page_bytes, pool_bytes)
+        self._memory = device.memory(num_pages, page_bytes, dtype)
+        self._adapters = AdapterMemory(self._memory, arch.num_layers, wake)
+        kv = self._memory.kv(shape, arch.num_layers, settings.page_tokens)
+        self._runner = Runner(model, kv, self._adapters, self._memory.pool_PX)
         self._vocab_size = arch.vocab_size
         self._answers: list[TokenChunk] = []
         self._clock = clock
@@ -151,7 +155,7 @@ class Engine:
     def close(self) -> None:
         """Release threads and memory."""
         self._adapters.close()
-        self._pool.close()
+        self._memory.close()
 
 
 def _dtype(settings: EngineSettings) -> torch.dtype:
@@ -160,9 +164,9 @@ def _dtype(settings: EngineSettings) -> torch.dtype:
     return DTYPES[settings.dtype]
 
 
-def _check_pool(num_pages: int, page_bytes: int, settings: EngineSettings) -> None:
+def _check_pool(num_pages: int, page_bytes: int, pool_bytes: int) -> None:
     if num_pages < _MIN_PAGES:
         raise ConfigurationError(
-            f"a page pool of {format_bytes(settings.memory_bytes)} holds {num_pages} pages of "
+            f"a page pool of {format_bytes(pool_bytes)} holds {num_pages} pages of "
             f"{format_bytes(page_bytes)}, at least {_MIN_PAGES} are needed; raise the memory budget"
         )

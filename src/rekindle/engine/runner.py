@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rekindle.engine.adapters import AdapterMemory, ResidentAdapter
+from rekindle.engine.adapters import AdapterMemory
 from rekindle.engine.batch import AdapterRows, Layout, lay_out, lora_batch, select_rows
 from rekindle.engine.kernels.interface import KVPool
 from rekindle.engine.models.decoder import Decoder
@@ -28,8 +28,11 @@ _PROMPT_LOGPROB_ROWS = 64
 class Runner:
     """One model on one device. Owns no budget and makes no choice that the plan has not made."""
 
-    def __init__(self, model: Decoder, pool: KVPool, adapters: AdapterMemory) -> None:
-        self._model, self._pool, self._adapters = model, pool, adapters
+    def __init__(
+        self, model: Decoder, pool: KVPool, adapters: AdapterMemory, pool_PX: torch.Tensor | None = None
+    ) -> None:
+        self._model, self._pool, self._adapters, self._pool_PX = model, pool, adapters, pool_PX
+        self._device = pool.kv_PLBCD.device
         self._page_tokens = pool.kv_PLBCD.shape[2]
         self._latest_samples: dict[RequestId, tuple[int, ...]] = {}
 
@@ -57,7 +60,9 @@ class Runner:
             return SequenceResult(error=f"the engine could not compute this request: {error}")
 
     def _run(self, sequences: Sequence[PlannedSequence]) -> list[SequenceResult]:
-        layout = lay_out(sequences, self._page_tokens, self._adapters.get, self._latest_samples)
+        layout = lay_out(
+            sequences, self._page_tokens, self._adapters.get, self._latest_samples, self._device, self._pool_PX
+        )
         hidden_TH = self._model.forward(self._embed(layout), layout.forward, self._pool)
         sampled = self._sample(sequences, layout, hidden_TH)
         results: list[SequenceResult | None] = [None] * len(sequences)
@@ -71,23 +76,26 @@ class Runner:
         embedded_TH = self._model.embed(token_ids_T)
         for rows in layout.adapters:
             part = slice(rows.start, rows.end)
-            if rows.adapter.replaced_embedding_VH is not None:
-                embedded_TH[part] = rows.adapter.replaced_embedding_VH[token_ids_T[part]]
+            vector = rows.adapter.vector
+            if (matrix := rows.adapter.replaced_embedding) is not None:
+                embedded_TH[part] = vector.rows(matrix.offset, matrix.columns, token_ids_T[part])
             if (update := rows.adapter.embedding) is not None:
-                delta = self._model.low_rank(update.a_VR[token_ids_T[part]], update.b_HR, update.scale)
-                embedded_TH[part] = (embedded_TH[part].float() + delta).to(embedded_TH.dtype)
+                a_TR = vector.rows(update.a_offset, update.rank, token_ids_T[part])
+                b_HR = torch.cat(list(vector.parts(update.b_offset, update.out_features, update.rank)))
+                delta_TH = self._model.low_rank(a_TR, b_HR, update.scale)
+                embedded_TH[part] = (embedded_TH[part].float() + delta_TH).to(embedded_TH.dtype)
         return embedded_TH
 
     def _logits(self, hidden_TH: torch.Tensor, rows: list[int], adapters: Sequence[AdapterRows]) -> torch.Tensor:
         """Logits of the chosen rows, under the adapters that change the output head."""
-        chosen = select_rows([group for group in adapters if _changes_head(group.adapter)], rows)
-        hidden_RH = hidden_TH[rows]
-        tables = lora_batch(chosen, len(rows))
-        logits_RV = self._model.logits(hidden_RH, tables)
+        chosen = select_rows([group for group in adapters if group.adapter.changes_head], rows)
+        hidden_RH = hidden_TH if len(rows) == len(hidden_TH) else hidden_TH[rows]
+        logits_RV = self._model.logits(hidden_RH, lora_batch(chosen, len(rows), self._pool_PX))
         for group in chosen:
-            if group.adapter.replaced_head_VH is not None:
+            if (head := group.adapter.replaced_head) is not None:
                 part = slice(group.start, group.end)
-                logits_RV[part] = self._model.logits_with_head(hidden_RH[part], group.adapter.replaced_head_VH)
+                parts = group.adapter.vector.parts(head.offset, head.rows, head.columns)
+                logits_RV[part] = self._model.logits_with_head(hidden_RH[part], parts)
         return logits_RV
 
     def _sample(
@@ -122,10 +130,6 @@ class Runner:
             rows = list(range(first_row + i, first_row + i + len(part)))
             found += logprobs_of(self._logits(hidden_TH, rows, layout.adapters), part, num_top)
         return tuple(found)
-
-
-def _changes_head(adapter: ResidentAdapter) -> bool:
-    return "lm_head" in adapter.manifest.targets or adapter.replaced_head_VH is not None
 
 
 def _result(

@@ -20,14 +20,17 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Weights:
-    """Tensors of one safetensors file, converted to `dtype` when they are read.
+    """Tensors of one safetensors file, converted to `dtype` and brought to `device` when they are read.
 
     Raises:
         ModelRejected: names in `expected` are missing, names in the file are left over, or shapes differ.
     """
 
-    def __init__(self, path: Path, dtype: torch.dtype, expected: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, path: Path, dtype: torch.dtype, expected: Mapping[str, tuple[int, ...]], device: torch.device
+    ) -> None:
         self._entries = check_tensors(path, expected)
+        self.device = device
         self._dtype = dtype
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
@@ -36,9 +39,9 @@ class Weights:
         return name in self._entries
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor: a view of the file, or a copy if the dtype differs."""
+        """One tensor: a view of the file, or a copy if the dtype or the device differs."""
         entry = self._entries[name]
-        return self._view(entry.offset, entry).view(entry.shape).to(self._dtype)
+        return self._brought(self._view(entry.offset, entry).view(entry.shape))
 
     def fused(self, names: Sequence[str]) -> torch.Tensor:
         """Tensors concatenated along their first dimension: a view where the file stores them side by side."""
@@ -49,11 +52,14 @@ class Weights:
         if not adjacent:
             return torch.cat([self.tensor(name) for name in names])
         total = self._view(entries[0].offset, *entries)
-        return total.view(-1, *entries[0].shape[1:]).to(self._dtype)
+        return self._brought(total.view(-1, *entries[0].shape[1:]))
 
     def release_pages(self) -> None:
         """Let the kernel take back this process's mapped pages; they are read again from the file when touched."""
         self._map.madvise(mmap.MADV_DONTNEED)
+
+    def _brought(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device).to(self._dtype)
 
     def _view(self, offset: int, *entries: TensorEntry) -> torch.Tensor:
         count = sum(entry.num_bytes for entry in entries) // _DTYPES[entries[0].dtype].itemsize

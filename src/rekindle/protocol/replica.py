@@ -13,7 +13,8 @@ from rekindle.protocol.models import ModelManifest
 class EngineSettings:
     """Everything an engine process needs to start. `dtype` is "bfloat16" or "float32".
 
-    `memory_bytes` bounds the page pool, which holds KV cache and adapters. `max_step_tokens` bounds one forward pass,
+    `device` is "cpu" or a CUDA device as torch names it. `memory_bytes` bounds the page pool, which holds KV cache and
+    adapters; 0, on a GPU, is what the weights leave free. `max_step_tokens` bounds one forward pass,
     `max_sequences` the sequences running at once, `max_queued` those waiting. `deterministic` selects batch-invariant
     kernels.
     """
@@ -28,6 +29,7 @@ class EngineSettings:
     max_queued: int
     num_threads: int
     deterministic: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,7 +77,7 @@ class ReferenceKernels:
             scores = torch.einsum("qkgd,ckd->kgqc", queries, keys) * shape.scale
             if shape.softcap:
                 scores = torch.tanh(scores / shape.softcap) * shape.softcap
-            scores = scores.masked_fill(~visible(rows.stop - rows.start, context, shape.window), -torch.inf)
+            scores = scores.masked_fill(~visible(rows.stop - rows.start, context, shape.window, out.device), -torch.inf)
             mixed = torch.einsum("kgqc,ckd->qkgd", scores.softmax(-1), values)
             out[rows] = mixed.flatten(1).to(out.dtype)
         return out
@@ -105,10 +105,10 @@ class ReferenceKernels:
                 target.copy_(target.float() + delta)
 
 
-def visible(num_queries: int, context: int, window: int) -> torch.Tensor:
+def visible(num_queries: int, context: int, window: int, device: torch.device) -> torch.Tensor:
     """Bool [queries, context]: which keys each of the last `num_queries` positions of a context may see."""
-    query_position = torch.arange(context - num_queries, context).unsqueeze(1)
-    distance = query_position - torch.arange(context)
+    query_position = torch.arange(context - num_queries, context, device=device).unsqueeze(1)
+    distance = query_position - torch.arange(context, device=device)
     mask = distance >= 0
     return mask & (distance < window) if window else mask
 

@@ -1,4 +1,4 @@
-"""The choice of kernels for this machine and a model."""
+"""The choice of kernels for a device and a model."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import logging
 from collections.abc import Collection
 
 from rekindle.engine.kernels.interface import AttentionShape, Kernels
-from rekindle.engine.kernels.linear import BATCH_INVARIANT, FAST
+from rekindle.engine.kernels.linear import BATCH_INVARIANT, FAST, PLAIN
 from rekindle.engine.kernels.native_kernels import load_native
 from rekindle.engine.kernels.reference import ReferenceKernels
 from rekindle.engine.kernels.rowwise import RowwiseKernels
+from rekindle.errors import ConfigurationError
 
 _logger = logging.getLogger(__name__)
 
 
-def select_kernels(shapes: Collection[AttentionShape], *, deterministic: bool) -> Kernels:
+def select_cpu_kernels(shapes: Collection[AttentionShape], *, deterministic: bool) -> Kernels:
     """Native kernels where they were built and serve attention of these shapes, plain torch otherwise; batch-invariant
     ones if `deterministic`."""
     linear = BATCH_INVARIANT if deterministic else FAST
@@ -27,3 +28,16 @@ def select_kernels(shapes: Collection[AttentionShape], *, deterministic: bool) -
         "without a C++ compiler, or the model's head size is not a multiple of 8"
     )
     return RowwiseKernels(linear) if deterministic else ReferenceKernels(linear)
+
+
+def select_gpu_kernels(*, deterministic: bool) -> Kernels:
+    """Triton kernels; batch-invariant matrix products if `deterministic`.
+
+    Raises:
+        ConfigurationError: Triton is not installed.
+    """
+    try:
+        from rekindle.engine.kernels.gpu.triton_kernels import TritonKernels
+    except ImportError as error:
+        raise ConfigurationError(f"a GPU needs Triton: {error}; install rekindle[gpu]") from error
+    return TritonKernels(BATCH_INVARIANT if deterministic else PLAIN)

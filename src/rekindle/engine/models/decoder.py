@@ -6,6 +6,7 @@ copy. Adapters add to the output of the same fused linear that computes the base
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -57,8 +58,9 @@ class Decoder:
         self._final_norm_H = self._norm_weight(weights, "model.norm.weight")
         head_name = "model.embed_tokens.weight" if arch.tied_embeddings else "lm_head.weight"
         self._head = kernels.pack_linear(weights.tensor(head_name), None)
-        self._rope_tables = [rope.table(max_context_tokens) for rope in arch.ropes]
-        self._embed_scale = torch.tensor(arch.embed_scale, dtype=self._embed_VH.dtype)
+        tables = [rope.table(max_context_tokens) for rope in arch.ropes]
+        self._rope_tables = [(cos.to(weights.device), sin.to(weights.device)) for cos, sin in tables]
+        self._embed_scale = torch.tensor(arch.embed_scale, dtype=self._embed_VH.dtype, device=weights.device)
         attention, inner, hidden = arch.attention[0], arch.intermediate_size, arch.hidden_size
         query, key_value = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
         self._qkv_group = LoraGroup(0, (0, query, query + key_value), (query, key_value, key_value))
@@ -108,10 +110,11 @@ class Decoder:
             self._kernels.lora(normed_RH, logits_RV, lora, self.arch.num_layers, self._head_group)
         return self._cap(logits_RV.float())
 
-    def logits_with_head(self, hidden_RH: torch.Tensor, head_VH: torch.Tensor) -> torch.Tensor:
-        """As `logits`, with another matrix in place of the base's output head."""
+    def logits_with_head(self, hidden_RH: torch.Tensor, head_parts_VH: Iterable[torch.Tensor]) -> torch.Tensor:
+        """As `logits`, with another matrix, given in runs of its rows, in place of the base's output head."""
         normed_RH = self._kernels.rms_norm(hidden_RH, self._final_norm_H, self.arch.norm_eps, self._dtype)
-        return self._cap(self._kernels.multiply(normed_RH, head_VH).float())
+        logits_RV = torch.cat([self._kernels.multiply(normed_RH, part_VH) for part_VH in head_parts_VH], dim=1)
+        return self._cap(logits_RV.float())
 
     def _cap(self, logits_RV: torch.Tensor) -> torch.Tensor:
         cap = self.arch.logit_softcap

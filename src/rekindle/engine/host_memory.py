@@ -1,0 +1,48 @@
+"""The pool on a CPU: pages of an anonymous file, into which adapters are read in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from rekindle.engine.kernels.interface import AttentionShape, KVPool
+from rekindle.engine.memory import PagePool
+from rekindle.engine.vectors import MappedVector, VectorFile
+from rekindle.protocol.adapters import AdapterManifest
+
+_STAGED_ELEMENTS = 1 << 20
+"""How much of a file in another dtype is held beside the pool while it is converted."""
+
+
+class HostMemory:
+    """See `DeviceMemory` for the contract of each method."""
+
+    pool_PX: torch.Tensor | None = None
+
+    def __init__(self, num_pages: int, page_bytes: int, dtype: torch.dtype) -> None:
+        self._pool, self._dtype = PagePool(num_pages, page_bytes), dtype
+
+    def kv(self, shape: AttentionShape, num_layers: int, page_tokens: int) -> KVPool:
+        return self._pool.kv(shape, num_layers, page_tokens, self._dtype)
+
+    def fence(self) -> None:
+        """Nothing runs after a step has returned."""
+
+    def load(self, manifest: AdapterManifest, pages: Sequence[int], path: Path, fence: object) -> MappedVector:
+        mapped = self._pool.map_pages(pages)
+        try:
+            with VectorFile(path, manifest) as file:
+                if file.dtype == self._dtype:
+                    file.read(memoryview(mapped.buffer).cast("B")[: file.num_elements * file.dtype.itemsize])
+                else:
+                    for first, piece in file.read_pieces(_STAGED_ELEMENTS):
+                        mapped.tensor(self._dtype, len(piece), first).copy_(piece)
+            return MappedVector(mapped, self._dtype, manifest.num_elements)
+        except BaseException:
+            mapped.close()
+            raise
+
+    def close(self) -> None:
+        self._pool.close()

@@ -1,0 +1,138 @@
+"""An adapter's flat vector in device memory: how its matrices are seen, and how its bytes come from a file.
+
+On a CPU the vector's pages are mapped side by side and every matrix is a view. On a GPU they stay where they are, and
+what no kernel reads straight from the pages is gathered when it is needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import torch
+
+from rekindle.engine.kernels.interface import AdapterMatrices
+from rekindle.engine.memory import MappedPages
+from rekindle.errors import AdapterRejected
+from rekindle.protocol.adapters import AdapterManifest
+from rekindle.store.safetensors_file import data_section
+from rekindle.units import MIB
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_GATHERED_BYTES = 64 * MIB
+"""How much of a whole matrix is gathered from pages at once."""
+
+
+class AdapterVector(Protocol):
+    """A resident adapter's elements. Matrices are row-major at offsets counted in elements."""
+
+    def matrices(self, table_LPF: torch.Tensor) -> AdapterMatrices:
+        """What kernels need to find the matrices that the table describes."""
+        ...
+
+    def rows(self, offset: int, columns: int, index_T: torch.Tensor) -> torch.Tensor:
+        """Some rows [T, columns] of a matrix."""
+        ...
+
+    def parts(self, offset: int, rows: int, columns: int) -> Iterator[torch.Tensor]:
+        """A matrix in consecutive runs of its rows."""
+        ...
+
+    def close(self) -> None:
+        """Give up what is held beside the pages; the vector may not be used afterwards."""
+        ...
+
+
+class MappedVector:
+    """A vector in pages mapped side by side."""
+
+    def __init__(self, pages: MappedPages, dtype: torch.dtype, num_elements: int) -> None:
+        self._pages = pages
+        self.elements = pages.tensor(dtype, num_elements, 0)
+
+    def matrices(self, table_LPF: torch.Tensor) -> AdapterMatrices:
+        return AdapterMatrices(table_LPF, vector=self.elements)
+
+    def rows(self, offset: int, columns: int, index_T: torch.Tensor) -> torch.Tensor:
+        num_rows = (len(self.elements) - offset) // columns
+        return self.elements[offset : offset + num_rows * columns].view(num_rows, columns)[index_T]
+
+    def parts(self, offset: int, rows: int, columns: int) -> Iterator[torch.Tensor]:
+        yield self.elements[offset : offset + rows * columns].view(rows, columns)
+
+    def close(self) -> None:
+        self._pages.close()
+
+
+class PagedVector:
+    """A vector in scattered pages of a pool [pages, elements]."""
+
+    def __init__(self, pool_PX: torch.Tensor, pages: Sequence[int]) -> None:
+        self._pool_PX = pool_PX
+        self._pages_M = torch.tensor(pages, dtype=torch.int32, device=pool_PX.device)
+
+    def matrices(self, table_LPF: torch.Tensor) -> AdapterMatrices:
+        return AdapterMatrices(table_LPF.to(self._pool_PX.device), pages_M=self._pages_M)
+
+    def rows(self, offset: int, columns: int, index_T: torch.Tensor) -> torch.Tensor:
+        column = torch.arange(columns, device=self._pool_PX.device)
+        element_TC = offset + index_T.unsqueeze(1) * columns + column
+        page_elements = self._pool_PX.shape[1]
+        return self._pool_PX[self._pages_M[element_TC // page_elements].long(), element_TC % page_elements]
+
+    def parts(self, offset: int, rows: int, columns: int) -> Iterator[torch.Tensor]:
+        rows_at_once = max(_GATHERED_BYTES // (columns * self._pool_PX.element_size()), 1)
+        for first in range(0, rows, rows_at_once):
+            index = torch.arange(first, min(first + rows_at_once, rows), device=self._pool_PX.device)
+            yield self.rows(offset, columns, index)
+
+    def close(self) -> None:
+        pass
+
+
+class VectorFile:
+    """The vector of a stored adapter, opened for reading.
+
+    Raises:
+        AdapterRejected: the file holds less than the manifest says.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path, manifest: AdapterManifest) -> None:
+        self.dtype, self.num_elements = _DTYPES[manifest.dtype], manifest.num_elements
+        section = data_section(path)
+        expected_bytes = self.num_elements * self.dtype.itemsize
+        if section.num_bytes < expected_bytes:
+            raise AdapterRejected(f"{path.name} holds {section.num_bytes} bytes of tensors, {expected_bytes} expected")
+        self._offset = section.offset
+        self._file = path.open("rb", buffering=0)
+
+    def read(self, target: memoryview, first: int = 0) -> None:
+        """Fill a buffer of bytes with elements from `first` on, in the file's own dtype."""
+        done, offset = 0, self._offset + first * self.dtype.itemsize
+        while done < len(target):
+            count = os.preadv(self._file.fileno(), [target[done:]], offset + done)
+            if count == 0:
+                raise AdapterRejected(f"the adapter's file ends after {done} of {len(target)} bytes")
+            done += count
+
+    def read_pieces(self, num_elements: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first element, elements in the file's own dtype) of pieces of at most `num_elements`. A piece is valid until
+        the next is asked for."""
+        staged = bytearray(num_elements * self.dtype.itemsize)
+        for first in range(0, self.num_elements, num_elements):
+            count = min(num_elements, self.num_elements - first)
+            piece = memoryview(staged)[: count * self.dtype.itemsize]
+            self.read(piece, first)
+            yield first, torch.frombuffer(piece, dtype=self.dtype)
+
+    def __enter__(self) -> VectorFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
