@@ -8,9 +8,11 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import uvicorn
@@ -37,6 +39,7 @@ from rekindle.store.home import Home
 from rekindle.units import MIB, format_bytes
 
 _BYTES_PER_PARAMETER = {"bfloat16": 2, "float32": 4}
+_GPU_DRIVER = Path("/dev/nvidiactl")
 _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _MIN_POOL_BYTES = 64 * MIB
 _BACKLOG = 2048
@@ -215,16 +218,9 @@ def _by_content(records: list[ModelRecord]) -> list[list[ModelRecord]]:
 
 def _engine_settings(options: EngineOptions, records: list[ModelRecord]) -> list[EngineSettings]:
     """Settings of each base's engine; what memory the weights leave is shared equally among their pools."""
-    dtype = _dtype(options.dtype)
-    total_bytes = options.memory if options.memory is not None else available_memory_bytes() // 2
-    weights_bytes = sum(record.manifest.num_parameters * _BYTES_PER_PARAMETER[dtype] for record in records)
-    pool_bytes = (total_bytes - weights_bytes) // len(records)
-    if pool_bytes < _MIN_POOL_BYTES:
-        raise ConfigurationError(
-            f"engine.memory is {format_bytes(total_bytes)} and the weights of {len(records)} models take "
-            f"{format_bytes(weights_bytes)}; at least {format_bytes(_MIN_POOL_BYTES)} must be left for each model's "
-            "KV cache and adapters: raise it, or serve fewer models"
-        )
+    device = _device(options.device)
+    dtype = _dtype(options.dtype, device)
+    pool_bytes = _pool_bytes(options, device, dtype, records)
     return [
         EngineSettings(
             model_dir=str(record.path),
@@ -237,14 +233,44 @@ def _engine_settings(options: EngineOptions, records: list[ModelRecord]) -> list
             max_queued=options.max_queued,
             num_threads=options.threads or len(os.sched_getaffinity(0)),
             deterministic=options.deterministic,
+            device=device,
         )
         for record in records
     ]
 
 
-def _dtype(asked: str) -> str:
+def _pool_bytes(options: EngineOptions, device: str, dtype: str, records: list[ModelRecord]) -> int:
+    """The page pool of each engine; 0 lets a GPU's only engine take what the weights leave free."""
+    if device != "cpu" and options.memory is None:
+        if len(records) == 1:
+            return 0
+        raise ConfigurationError(
+            f"{len(records)} models are to share {device}: say with engine.memory how many bytes of it they may take"
+        )
+    total_bytes = options.memory if options.memory is not None else available_memory_bytes() // 2
+    weights_bytes = sum(record.manifest.num_parameters * _BYTES_PER_PARAMETER[dtype] for record in records)
+    pool_bytes = (total_bytes - weights_bytes) // len(records)
+    if pool_bytes < _MIN_POOL_BYTES:
+        raise ConfigurationError(
+            f"engine.memory is {format_bytes(total_bytes)} and the weights of {len(records)} models take "
+            f"{format_bytes(weights_bytes)}; at least {format_bytes(_MIN_POOL_BYTES)} must be left for each model's "
+            "KV cache and adapters: raise it, or serve fewer models"
+        )
+    return pool_bytes
+
+
+def _device(asked: str) -> str:
+    """A GPU is taken without being asked for if there is one, and the kernels' compiler."""
     if asked == "auto":
-        return "bfloat16" if _cpu_flags() & _BF16_CPU_FLAGS else "float32"
+        return "cuda" if _GPU_DRIVER.exists() and find_spec("triton") is not None else "cpu"
+    if asked != "cpu" and not re.fullmatch(r"cuda(:\d+)?", asked):
+        raise ConfigurationError(f"engine.device {asked!r} is not supported; choose auto, cpu, cuda or cuda:N")
+    return asked
+
+
+def _dtype(asked: str, device: str) -> str:
+    if asked == "auto":
+        return "bfloat16" if device != "cpu" or _cpu_flags() & _BF16_CPU_FLAGS else "float32"
     if asked not in _BYTES_PER_PARAMETER:
         raise ConfigurationError(
             f"engine.dtype {asked!r} is not supported; choose auto, {', '.join(_BYTES_PER_PARAMETER)}"

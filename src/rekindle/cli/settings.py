@@ -33,9 +33,12 @@ class ServerSettings:
 class EngineOptions:
     """How each engine runs."""
 
-    dtype: str = setting("auto", "Compute type: bfloat16, float32, or auto for bfloat16 where the CPU has it.")
+    device: str = setting("auto", "cpu, cuda, cuda:1 and so on, or auto for a GPU where there is one and Triton.")
+    dtype: str = setting("auto", "Compute type: bfloat16, float32, or auto for bfloat16 where the device has it.")
     memory: Bytes | None = setting(
-        None, "Bytes for weights, KV cache and adapters of all models; half of what is free."
+        None,
+        "Bytes for weights, KV cache and adapters of all models; half of the host's free memory, or nine tenths of "
+        "a GPU's.",
     )
     threads: int | None = setting(None, "Threads of each engine; the machine's cores.")
     page_tokens: int = setting(16, "Tokens in one page of KV cache.")

@@ -8,6 +8,7 @@ adapter is evicted, and never while a step uses it.
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import struct
 import threading
@@ -25,6 +26,8 @@ from rekindle.protocol.adapters import AdapterManifest, LoraBinding, ReplacedMat
 from rekindle.protocol.identity import AdapterDigest
 
 _logger = logging.getLogger(__name__)
+
+_LOWEST_PRIORITY = 19
 
 
 class VectorLoader(Protocol):
@@ -132,6 +135,7 @@ class AdapterMemory:
         self._resident.clear()
 
     def _read_loop(self) -> None:
+        _give_way()
         while (request := self._requests.get()) is not None:
             self._outcomes.put(self._load(request))
             self._wake()
@@ -170,6 +174,11 @@ class AdapterMemory:
             replaced.get("embed_tokens"),
             replaced.get("lm_head"),
         )
+
+
+def _give_way() -> None:
+    """Let the calling thread run in what steps leave of the cores: a step waits for the slowest of its threads."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
 
 
 def _entry(binding: LoraBinding) -> list[int]:

@@ -70,10 +70,10 @@ class GpuMemory:
 
     def _stage(self, file: VectorFile, first: int, staged: torch.Tensor) -> None:
         if file.dtype == self._dtype:
-            file.read(staged.view(torch.uint8).numpy().data, first)
+            file.read([staged.view(torch.uint8).numpy().data], first)
             return
         own = torch.empty(len(staged), dtype=file.dtype)
-        file.read(own.view(torch.uint8).numpy().data, first)
+        file.read([own.view(torch.uint8).numpy().data], first)
         staged.copy_(own)
 
     def _copy_to_pages(self, piece: torch.Tensor, pages: Sequence[int], first: int) -> None:

@@ -31,18 +31,21 @@ class HostMemory:
         """Nothing runs after a step has returned."""
 
     def load(self, manifest: AdapterManifest, pages: Sequence[int], path: Path, fence: object) -> MappedVector:
-        mapped = self._pool.map_pages(pages)
-        try:
-            with VectorFile(path, manifest) as file:
-                if file.dtype == self._dtype:
-                    file.read(memoryview(mapped.buffer).cast("B")[: file.num_elements * file.dtype.itemsize])
-                else:
+        with VectorFile(path, manifest) as file:
+            is_stored_as_used = file.dtype == self._dtype
+            if is_stored_as_used:
+                # Pages used before are mapped in the pool already; through a new mapping each would fault on the way.
+                file.read(self._pool.views(pages, file.num_elements * file.dtype.itemsize))
+            mapped = self._pool.map_pages(pages)
+            try:
+                if not is_stored_as_used:
                     for first, piece in file.read_pieces(_STAGED_ELEMENTS):
                         mapped.tensor(self._dtype, len(piece), first).copy_(piece)
-            return MappedVector(mapped, self._dtype, manifest.num_elements)
-        except BaseException:
-            mapped.close()
-            raise
+                mapped.populate()
+                return MappedVector(mapped, self._dtype, manifest.num_elements)
+            except BaseException:
+                mapped.close()
+                raise
 
     def close(self) -> None:
         self._pool.close()

@@ -25,8 +25,10 @@ _libc.mmap.argtypes = [
     ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
 ]  # fmt: skip
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 _MAP_FIXED = 0x10
+_MADV_POPULATE_READ = 22  # Linux 5.14
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -63,6 +65,15 @@ class PagePool:
         """The given pages side by side, in order, as one writable vector."""
         return MappedPages(self._fd, pages, self.page_bytes)
 
+    def views(self, pages: Sequence[int], num_bytes: int) -> list[memoryview]:
+        """The first `num_bytes` bytes of the given pages, in order, in runs of adjacent pages."""
+        whole, views, left = memoryview(self._map), [], num_bytes
+        for _, (first, count) in _runs(pages):
+            length = min(count * self.page_bytes, left)
+            views.append(whole[first * self.page_bytes : first * self.page_bytes + length])
+            left -= length
+        return views
+
     def close(self) -> None:
         """Give the file up; memory goes when the last mapping of it does."""
         os.close(self._fd)
@@ -92,6 +103,10 @@ class MappedPages:
     def tensor(self, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
         """`count` elements from element `offset` on."""
         return torch.frombuffer(self.buffer, dtype=dtype, count=count, offset=offset * dtype.itemsize)
+
+    def populate(self) -> None:
+        """Enter all pages into the process's page table, which saves their readers a fault each. Advice only."""
+        _libc.madvise(self.address, self.num_bytes, _MADV_POPULATE_READ)
 
     def close(self) -> None:
         """Unmap; no view may be used afterwards."""

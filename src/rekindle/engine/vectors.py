@@ -22,6 +22,9 @@ from rekindle.store.safetensors_file import data_section
 from rekindle.units import MIB
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PIECE_BYTES = 256 << 10
+"""How much one call reads: between calls the kernel gives the core to whoever has more right to it."""
+
 _GATHERED_BYTES = 64 * MIB
 """How much of a whole matrix is gathered from pages at once."""
 
@@ -110,14 +113,17 @@ class VectorFile:
         self._offset = section.offset
         self._file = path.open("rb", buffering=0)
 
-    def read(self, target: memoryview, first: int = 0) -> None:
-        """Fill a buffer of bytes with elements from `first` on, in the file's own dtype."""
-        done, offset = 0, self._offset + first * self.dtype.itemsize
-        while done < len(target):
-            count = os.preadv(self._file.fileno(), [target[done:]], offset + done)
-            if count == 0:
-                raise AdapterRejected(f"the adapter's file ends after {done} of {len(target)} bytes")
-            done += count
+    def read(self, targets: Sequence[memoryview], first: int = 0) -> None:
+        """Fill buffers of bytes, one after the other, with elements from `first` on, in the file's own dtype."""
+        offset = self._offset + first * self.dtype.itemsize
+        for target in targets:
+            done = 0
+            while done < len(target):
+                count = os.preadv(self._file.fileno(), [target[done : done + _PIECE_BYTES]], offset)
+                if count == 0:
+                    raise AdapterRejected(f"the adapter's file ends at byte {offset}, before all its tensors")
+                done += count
+                offset += count
 
     def read_pieces(self, num_elements: int) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, elements in the file's own dtype) of pieces of at most `num_elements`. A piece is valid until
@@ -126,7 +132,7 @@ class VectorFile:
         for first in range(0, self.num_elements, num_elements):
             count = min(num_elements, self.num_elements - first)
             piece = memoryview(staged)[: count * self.dtype.itemsize]
-            self.read(piece, first)
+            self.read([piece], first)
             yield first, torch.frombuffer(piece, dtype=self.dtype)
 
     def __enter__(self) -> VectorFile:
