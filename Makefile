@@ -11,7 +11,9 @@ DEMO_MODEL := smollm2-135m
 DEMO_ADAPTERS := $(notdir $(wildcard demo/adapters/*))
 PACKAGE := pyproject.toml setup.py $(wildcard src/rekindle/engine/kernels/native/*.cpp src/rekindle/engine/kernels/native/*.h)
 
-.PHONY: help serve test lint demo demo-adapters bench clean compiler
+GPU_PYTHON ?= python3
+
+.PHONY: help serve test lint demo demo-adapters bench gpu-check clean compiler
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +22,7 @@ help:
 	@echo "make lint           format, lint and type-check only"
 	@echo "make demo-adapters  train the demo adapters again"
 	@echo "make bench          measure an engine on this machine"
+	@echo "make gpu-check      test and measure on a GPU, with the Python in GPU_PYTHON (python3), which has PyTorch"
 	@echo
 	@echo "TORCH_INDEX=URL     where PyTorch is installed from. On x86_64 Linux the default, PyPI, brings CUDA libraries of"
 	@echo "                    several GiB that no CPU needs; the build without them:"
@@ -76,6 +79,10 @@ demo-adapters: $(VENV)/test $(DEMO_GGUF)
 
 bench: $(VENV)/serve $(DEMO_GGUF)
 	GOMP_SPINCOUNT=1000 $(BIN)/python benchmarks/engine.py
+
+# Runs on a bare machine: nothing is installed, so that it also works without a network.
+gpu-check:
+	PYTHONPATH=src:tests $(GPU_PYTHON) benchmarks/gpu/check.py
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist src/*.egg-info

@@ -19,11 +19,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fleet": {"engine", "store", "catalog", "protocol"},
     "gateway": {"fleet", "engine", "store", "catalog", "protocol"},
     "cli": {"gateway", "fleet", "engine", "store", "catalog", "protocol"},
-    "testing": {"fleet", "engine", "protocol"},
+    "testing": {"fleet", "engine", "store", "protocol"},
     "__main__": {"cli"},
 }
 ONLY_IN = {
-    "torch": ("engine",),
+    "torch": ("engine", "testing"),
     "fastapi": ("gateway",),
     "starlette": ("gateway",),
     "pydantic": ("gateway",),

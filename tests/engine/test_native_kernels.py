@@ -90,7 +90,7 @@ def lora_case(
             begin = sum(len(piece) for piece in pieces)
             table[1, first + i] = torch.tensor([begin, begin + a.numel(), rank, bits])
             pieces += [a.flatten(), b.flatten()]
-        adapters.append(AdapterMatrices(table, vector=torch.cat(pieces)) if rank else None)
+        adapters.append(AdapterMatrices(table, rank, vector=torch.cat(pieces)) if rank else None)
     starts = [3]
     for count in rows:
         starts.append(starts[-1] + count)

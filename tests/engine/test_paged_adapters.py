@@ -1,6 +1,6 @@
 """What GPUs use for memory, on a tensor of the CPU: adapters stay in scattered pages, and text is unchanged."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +8,11 @@ import pytest
 import torch
 
 from rekindle.engine import gpu_memory
-from rekindle.engine.gpu_memory import GpuMemory
-from rekindle.engine.kernels.interface import AttentionShape, Kernels
-from rekindle.engine.kernels.reference import ReferenceKernels
 from rekindle.protocol.identity import AdapterDigest
 from rekindle.store.adapter_import import import_adapter
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
+from support.devices import PagedDevice
 from support.engines import LocalEngine, greedy
 from support.oracle import oracle_greedy, random_prompts
 from support.tiny import make_adapter, make_model
@@ -28,21 +26,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "saved-head": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "saved-embedding": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
 }
-
-
-class PagedDevice:
-    """The CPU with a GPU's memory layout."""
-
-    torch_device = torch.device("cpu")
-
-    def kernels(self, shapes: Collection[AttentionShape], *, deterministic: bool) -> Kernels:
-        return ReferenceKernels()
-
-    def pool_bytes(self, asked: int) -> int:
-        return asked
-
-    def memory(self, num_pages: int, page_bytes: int, dtype: torch.dtype) -> GpuMemory:
-        return GpuMemory(num_pages, page_bytes, dtype, self.torch_device)
 
 
 class Served:

@@ -9,6 +9,7 @@ import torch
 
 from rekindle.engine.adapters import VectorLoader
 from rekindle.engine.gpu_memory import GpuMemory
+from rekindle.engine.graphs import CudaRecorder, Recorder
 from rekindle.engine.host_memory import HostMemory
 from rekindle.engine.kernels.interface import AttentionShape, Kernels, KVPool
 from rekindle.engine.kernels.select import select_cpu_kernels, select_gpu_kernels
@@ -20,8 +21,8 @@ _SHARE_OF_FREE_MEMORY = 0.9
 
 
 class DeviceMemory(VectorLoader, Protocol):
-    """The page pool's memory. `pool_PX` is the pool as pages of elements where adapters are read from their pages, and
-    None where they are mapped."""
+    """The page pool's memory. `pool_PX` is the pool as pages of elements where adapters are read from their pages, with
+    one page more than asked for at its end that belongs to nobody; None where they are mapped."""
 
     @property
     def pool_PX(self) -> torch.Tensor | None: ...  # noqa: N802
@@ -49,6 +50,10 @@ class Device(Protocol):
         """The size of the pool: what was asked for, or what the device can give if that is 0."""
         ...
 
+    def recorder(self) -> Recorder | None:
+        """What records computations here, if launching them one by one costs time."""
+        ...
+
     def memory(self, num_pages: int, page_bytes: int, dtype: torch.dtype) -> DeviceMemory:
         """Reserve a pool.
 
@@ -68,6 +73,9 @@ class CpuDevice:
 
     def pool_bytes(self, asked: int) -> int:
         return asked
+
+    def recorder(self) -> None:
+        return None
 
     def memory(self, num_pages: int, page_bytes: int, dtype: torch.dtype) -> DeviceMemory:
         return HostMemory(num_pages, page_bytes, dtype)
@@ -97,6 +105,9 @@ class CudaDevice:
             return asked
         free_bytes, _ = torch.cuda.mem_get_info(self.torch_device)
         return int(free_bytes * _SHARE_OF_FREE_MEMORY)
+
+    def recorder(self) -> Recorder:
+        return CudaRecorder()
 
     def memory(self, num_pages: int, page_bytes: int, dtype: torch.dtype) -> DeviceMemory:
         return GpuMemory(num_pages, page_bytes, dtype, self.torch_device)

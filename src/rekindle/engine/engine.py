@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,12 +14,13 @@ import torch
 from rekindle.clock import Clock
 from rekindle.engine.adapters import AdapterMemory
 from rekindle.engine.devices import Device, device_of
+from rekindle.engine.graphs import DecodeGraphs, GraphSizes
 from rekindle.engine.memory import page_bytes_for
 from rekindle.engine.models.decoder import Decoder
 from rekindle.engine.models.registry import read_architecture, read_config
 from rekindle.engine.runner import Runner
 from rekindle.engine.scheduler.scheduler import Scheduler, SchedulerConfig
-from rekindle.engine.weights import Weights
+from rekindle.engine.weights import Weights, WeightSource
 from rekindle.errors import ConfigurationError, InvalidRequest
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.generation import GenerateRequest, TokenChunk
@@ -32,7 +34,8 @@ _MIN_PAGES = 4
 
 
 class Engine:
-    """See the module. `wake` is called from another thread when there may be something new to run.
+    """See the module. `wake` is called from another thread when there may be something new to run. `device` and
+    `weights` stand in for those that the settings name.
 
     Raises:
         ConfigurationError: the memory budget does not hold a usable pool, or a setting is out of range.
@@ -40,7 +43,12 @@ class Engine:
     """
 
     def __init__(
-        self, settings: EngineSettings, clock: Clock, wake: Callable[[], None], device: Device | None = None
+        self,
+        settings: EngineSettings,
+        clock: Clock,
+        wake: Callable[[], None],
+        device: Device | None = None,
+        weights: WeightSource | None = None,
     ) -> None:
         started_s = clock.monotonic_s()
         device = device or device_of(settings)
@@ -51,7 +59,7 @@ class Engine:
         config = read_config(directory)
         arch = read_architecture(config)
         context_tokens = settings.model.context_length
-        weights = Weights(directory / "model.safetensors", dtype, tensor_shapes(config), device.torch_device)
+        weights = weights or Weights(directory / "model.safetensors", dtype, tensor_shapes(config), device.torch_device)
         kernels = device.kernels(set(arch.attention), deterministic=settings.deterministic)
         model = Decoder(arch, weights, kernels, context_tokens)
         weights.release_pages()
@@ -65,7 +73,17 @@ class Engine:
         self._memory = device.memory(num_pages, page_bytes, dtype)
         self._adapters = AdapterMemory(self._memory, arch.num_layers, wake)
         kv = self._memory.kv(shape, arch.num_layers, settings.page_tokens)
-        self._runner = Runner(model, kv, self._adapters, self._memory.pool_PX)
+        graphs = None
+        if (recorder := device.recorder()) is not None and self._memory.pool_PX is not None:
+            sizes = GraphSizes(
+                hidden=arch.hidden_size,
+                max_rows=settings.max_sequences,
+                max_pages=-(-context_tokens // settings.page_tokens),
+                page_tokens=settings.page_tokens,
+                scratch_page=num_pages,
+            )
+            graphs = DecodeGraphs(partial(model.forward, pool=kv), recorder, sizes, dtype, self._memory.pool_PX)
+        self._runner = Runner(model, kv, self._adapters, self._memory.pool_PX, graphs)
         self._vocab_size = arch.vocab_size
         self._answers: list[TokenChunk] = []
         self._clock = clock
@@ -140,6 +158,7 @@ class Engine:
             result = self._runner.execute(plan)
             self._scheduler.note_duration(plan, self._clock.monotonic_s() - started_s)
             chunks += self._scheduler.commit(plan, result)
+            self._runner.between_steps()
         return chunks
 
     def stats(self) -> EngineStats:

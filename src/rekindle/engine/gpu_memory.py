@@ -23,8 +23,8 @@ _STAGED_BYTES = 16 * MIB
 
 
 class GpuMemory:
-    """See `DeviceMemory` for the contract of each method. One page more than the scheduler knows of, `scratch_page`,
-    takes the keys and values of rows that only fill a batch up.
+    """See `DeviceMemory` for the contract of each method. The last page, which the scheduler does not know of, takes
+    the keys and values of rows that only fill a batch up.
 
     Raises:
         ConfigurationError: the device has not so much memory left.
@@ -32,7 +32,6 @@ class GpuMemory:
 
     def __init__(self, num_pages: int, page_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
-        self.scratch_page = num_pages
         try:
             self.pool_PX = torch.zeros(num_pages + 1, page_bytes // dtype.itemsize, dtype=dtype, device=device)
         except torch.OutOfMemoryError as error:

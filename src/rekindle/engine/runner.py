@@ -12,6 +12,7 @@ import torch
 
 from rekindle.engine.adapters import AdapterMemory
 from rekindle.engine.batch import AdapterRows, Layout, lay_out, lora_batch, select_rows
+from rekindle.engine.graphs import DecodeGraphs
 from rekindle.engine.kernels.interface import KVPool
 from rekindle.engine.models.decoder import Decoder
 from rekindle.engine.sampling import Sampled, SampleRow, logprobs_of, sample
@@ -29,9 +30,15 @@ class Runner:
     """One model on one device. Owns no budget and makes no choice that the plan has not made."""
 
     def __init__(
-        self, model: Decoder, pool: KVPool, adapters: AdapterMemory, pool_PX: torch.Tensor | None = None
+        self,
+        model: Decoder,
+        pool: KVPool,
+        adapters: AdapterMemory,
+        pool_PX: torch.Tensor | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._model, self._pool, self._adapters, self._pool_PX = model, pool, adapters, pool_PX
+        self._graphs = graphs
         self._device = pool.kv_PLBCD.device
         self._page_tokens = pool.kv_PLBCD.shape[2]
         self._latest_samples: dict[RequestId, tuple[int, ...]] = {}
@@ -52,6 +59,12 @@ class Runner:
         }
         return StepResult(plan.step, tuple(results))
 
+    @torch.inference_mode()
+    def between_steps(self) -> None:
+        """What makes later steps faster, a little at a time."""
+        if self._graphs is not None:
+            self._graphs.record_next()
+
     def _run_alone(self, planned: PlannedSequence) -> SequenceResult:
         try:
             return self._run([planned])[0]
@@ -63,13 +76,21 @@ class Runner:
         layout = lay_out(
             sequences, self._page_tokens, self._adapters.get, self._latest_samples, self._device, self._pool_PX
         )
-        hidden_TH = self._model.forward(self._embed(layout), layout.forward, self._pool)
+        hidden_TH = self._forward(layout)
         sampled = self._sample(sequences, layout, hidden_TH)
         results: list[SequenceResult | None] = [None] * len(sequences)
         for place, index in enumerate(layout.order):
             prompt_logprobs = self._prompt_logprobs(sequences[index], layout, place, hidden_TH)
             results[index] = _result(sequences[index], sampled.get(index), prompt_logprobs)
         return [result for result in results if result is not None]
+
+    def _forward(self, layout: Layout) -> torch.Tensor:
+        embedded_TH = self._embed(layout)
+        if self._graphs is not None and len(layout.order) == len(embedded_TH):
+            hidden_TH = self._graphs.run(embedded_TH, layout.forward)
+            if hidden_TH is not None:
+                return hidden_TH
+        return self._model.forward(embedded_TH, layout.forward, self._pool)
 
     def _embed(self, layout: Layout) -> torch.Tensor:
         token_ids_T = layout.forward.token_ids_T

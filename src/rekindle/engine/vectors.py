@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from rekindle.engine.kernels.interface import AdapterMatrices
+from rekindle.engine.kernels.interface import RANK_FIELD, AdapterMatrices
 from rekindle.engine.memory import MappedPages
 from rekindle.errors import AdapterRejected
 from rekindle.protocol.adapters import AdapterManifest
@@ -57,7 +57,7 @@ class MappedVector:
         self.elements = pages.tensor(dtype, num_elements, 0)
 
     def matrices(self, table_LPF: torch.Tensor) -> AdapterMatrices:
-        return AdapterMatrices(table_LPF, vector=self.elements)
+        return AdapterMatrices(table_LPF, _max_rank(table_LPF), vector=self.elements)
 
     def rows(self, offset: int, columns: int, index_T: torch.Tensor) -> torch.Tensor:
         num_rows = (len(self.elements) - offset) // columns
@@ -78,7 +78,7 @@ class PagedVector:
         self._pages_M = torch.tensor(pages, dtype=torch.int32, device=pool_PX.device)
 
     def matrices(self, table_LPF: torch.Tensor) -> AdapterMatrices:
-        return AdapterMatrices(table_LPF.to(self._pool_PX.device), pages_M=self._pages_M)
+        return AdapterMatrices(table_LPF.to(self._pool_PX.device), _max_rank(table_LPF), pages_M=self._pages_M)
 
     def rows(self, offset: int, columns: int, index_T: torch.Tensor) -> torch.Tensor:
         column = torch.arange(columns, device=self._pool_PX.device)
@@ -94,6 +94,10 @@ class PagedVector:
 
     def close(self) -> None:
         pass
+
+
+def _max_rank(table_LPF: torch.Tensor) -> int:
+    return int(table_LPF[..., RANK_FIELD].max())
 
 
 class VectorFile:

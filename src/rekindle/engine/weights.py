@@ -10,6 +10,7 @@ import itertools
 import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -17,6 +18,24 @@ from rekindle.errors import ModelRejected
 from rekindle.store.safetensors_file import TensorEntry, tensor_index
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class WeightSource(Protocol):
+    """Where a model's tensors come from, by their Hugging Face names, in the compute dtype and on `device`."""
+
+    device: torch.device
+
+    def has(self, name: str) -> bool: ...
+
+    def tensor(self, name: str) -> torch.Tensor: ...
+
+    def fused(self, names: Sequence[str]) -> torch.Tensor:
+        """Tensors concatenated along their first dimension."""
+        ...
+
+    def release_pages(self) -> None:
+        """Give back what was only needed while tensors were taken."""
+        ...
 
 
 class Weights:

@@ -25,6 +25,8 @@ LORA_FIELDS = 4
 """Fields of one table entry: where A and where the transpose of B begin in the adapter's vector, in elements; the rank;
 the bits of the float64 scale. Rank 0: no update."""
 
+RANK_FIELD = 2
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
@@ -71,10 +73,12 @@ class AdapterMatrices:
     Entry [layer, projection] of `table_LPF` (int64, see `LORA_FIELDS`) locates A [rank, K] and B transposed [rank, N],
     both row-major in the compute dtype, in the adapter's flat vector. Layer index L (one past the last) holds lm_head
     at projection 0. On a CPU the vector is mapped as a whole and `vector` views it. On a GPU it lies in the pages
-    `pages_M` (int32) of the pool, in order; matrices begin at multiples of 64 elements, and so do pages.
+    `pages_M` (int32) of the pool, in order; matrices begin at multiples of 64 elements, and so do pages. `max_rank` is
+    the largest rank in the table.
     """
 
     table_LPF: torch.Tensor
+    max_rank: int
     vector: torch.Tensor | None = None
     pages_M: torch.Tensor | None = None
 
@@ -85,8 +89,11 @@ class LoraBatch:
 
     Segment g covers rows `row_start[g] .. row_start[g + 1]`, which `adapters[g]` changes, None being the base; rows
     before `row_start[0]` use the base alone. `tables_G` and `places_G` hold the addresses of each adapter's `table_LPF`
-    and of its `vector` or `pages_M`, 0 for the base. `pool_PX` is the pool as pages of elements, on a GPU. The memory
-    is owned by the adapter pool and pinned while the step runs.
+    and of its `vector` or `pages_M`, 0 for the base. `max_rank` bounds the ranks. `pool_PX` is the pool as pages of
+    elements, on a GPU. The memory is owned by the adapter pool and pinned while the step runs.
+
+    A batch whose `adapters` are empty describes capacities alone: kernels of a GPU that are recorded with it read
+    everything else from the tensors when they are replayed, `row_start` bounding numbers of rows and segments.
     """
 
     row_start: list[int]
@@ -94,6 +101,7 @@ class LoraBatch:
     adapters: tuple[AdapterMatrices | None, ...]
     tables_G: torch.Tensor  # int64 [G]
     places_G: torch.Tensor  # int64 [G]
+    max_rank: int
     pool_PX: torch.Tensor | None = None
 
 
@@ -108,6 +116,7 @@ def make_lora_batch(
         tuple(adapters),
         torch.tensor([0 if it is None else it.table_LPF.data_ptr() for it in adapters], device=device),
         torch.tensor([0 if it is None else _place(it).data_ptr() for it in adapters], device=device),
+        max((it.max_rank for it in adapters if it is not None), default=0),
         pool_PX,
     )
 

@@ -20,7 +20,7 @@ from rekindle.engine.kernels.interface import (
     PackedLinear,
 )
 from rekindle.engine.models.architecture import Architecture
-from rekindle.engine.weights import Weights
+from rekindle.engine.weights import WeightSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class _Layer:
 class Decoder:
     """A decoder-only transformer ready to run: weights packed for `kernels`, rotary tables computed."""
 
-    def __init__(self, arch: Architecture, weights: Weights, kernels: Kernels, max_context_tokens: int) -> None:
+    def __init__(self, arch: Architecture, weights: WeightSource, kernels: Kernels, max_context_tokens: int) -> None:
         self.arch = arch
         self._kernels = kernels
         self._embed_VH = weights.tensor("model.embed_tokens.weight")
@@ -166,7 +166,7 @@ class Decoder:
             out_TH = kernels.rms_norm(out_TH, layer.norms["post_feedforward_layernorm"], eps)
         return out_TH
 
-    def _load_layer(self, weights: Weights, index: int) -> _Layer:
+    def _load_layer(self, weights: WeightSource, index: int) -> _Layer:
         prefix = f"model.layers.{index}."
 
         def linear(*names: str) -> PackedLinear:
@@ -186,5 +186,5 @@ class Decoder:
             key_norm_D=self._norm_weight(weights, prefix + "self_attn.k_norm.weight") if self.arch.qk_norm else None,
         )
 
-    def _norm_weight(self, weights: Weights, name: str) -> torch.Tensor:
+    def _norm_weight(self, weights: WeightSource, name: str) -> torch.Tensor:
         return weights.tensor(name).float() + self.arch.norm_offset

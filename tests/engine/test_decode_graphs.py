@@ -1,0 +1,140 @@
+"""Decode steps from fixed buffers: what is replayed gives the text of what is run."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rekindle.engine import graphs
+from rekindle.engine.kernels.interface import (
+    AdapterMatrices,
+    AttentionBatch,
+    AttentionShape,
+    KVPool,
+    LoraBatch,
+    LoraGroup,
+)
+from rekindle.engine.kernels.reference import ReferenceKernels
+from rekindle.protocol.identity import AdapterDigest
+from rekindle.store.adapter_import import import_adapter
+from rekindle.store.home import Home
+from rekindle.store.model_import import import_model
+from support.devices import PagedDevice
+from support.engines import LocalEngine, greedy
+from support.oracle import oracle_greedy, random_prompts
+from support.tiny import make_adapter, make_model
+
+pytest.importorskip("peft")
+
+
+class Rerun:
+    """A recording that calls the recorded function on the fixed tensors again."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.replay, self.num_replays = self._replay, 0
+        self._function = function
+        function()
+
+    def _replay(self) -> None:
+        self.num_replays += 1
+        self._function()
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.recordings: list[Rerun] = []
+
+    def record(self, function: Callable[[], None]) -> Rerun:
+        self.recordings.append(Rerun(function))
+        return self.recordings[-1]
+
+
+class TensorDriven(ReferenceKernels):
+    """The specification as a GPU reads a batch when it replays: from the tensors, never from lists of the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: Callable[[], Iterable[AdapterMatrices]] = tuple
+
+    def attention(
+        self, qkv_TE: torch.Tensor, pool: KVPool, layer: int, batch: AttentionBatch, shape: AttentionShape
+    ) -> torch.Tensor:
+        lists = {"query_start": batch.query_start_S1.tolist(), "context": batch.context_S.tolist()}
+        return super().attention(qkv_TE, pool, layer, replace(batch, **lists), shape)
+
+    def lora(self, x_TK: torch.Tensor, y_TN: torch.Tensor, batch: LoraBatch, layer: int, group: LoraGroup) -> None:
+        found = {it.table_LPF.data_ptr(): it for it in self.known()}
+        adapters = tuple(found.get(address) for address in batch.tables_G.tolist())
+        read = replace(batch, row_start=batch.row_start_G1.tolist(), adapters=adapters)
+        super().lora(x_TK, y_TN, read, layer, group)
+
+
+class Served:
+    def __init__(self, directory: Path) -> None:
+        self.model: Any = make_model("llama", directory / "source")
+        home = Home(directory / "home")
+        manifest = import_model(directory / "source", home)
+        model_dir = home.model_directory(manifest.digest)
+        self.recorder, kernels = Recorder(), TensorDriven()
+        self.engine = LocalEngine(model_dir, manifest, device=PagedDevice(lambda: kernels, self.recorder))
+        resident = self.engine.engine._adapters
+        kernels.known = lambda: [resident.get(digest).matrices for digest in resident.resident()]
+        self.oracles: list[Any] = []
+        self.digests: list[AdapterDigest] = []
+        for seed, rank in enumerate((4, 24)):
+            source = directory / f"adapter-{seed}"
+            self.oracles.append(make_adapter(self.model, source, seed, r=rank, target_modules="all-linear"))
+            adapter = import_adapter(source, manifest, model_dir, home)
+            self.digests.append(self.engine.add_adapter(home.adapter_directory(adapter.digest), adapter))
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    served = Served(tmp_path)
+    yield served
+    served.engine.close()
+
+
+def test_replayed_steps_give_the_same_text(served: Served) -> None:
+    prompts = [random_prompts(seed)[1] for seed in range(5)]
+    outputs = served.engine.run([greedy(f"r{i}", prompt, 20 - i) for i, prompt in enumerate(prompts)])
+    assert sum(recording.num_replays for recording in served.recorder.recordings) > 10
+    for i, prompt in enumerate(prompts):
+        assert outputs[f"r{i}"].token_ids == oracle_greedy(served.model, prompt, 20 - i)
+
+
+def test_adapters_that_come_and_go_need_no_new_recording(served: Served) -> None:
+    prompt = random_prompts()[1]
+    num_recordings = []
+    for turn, order in enumerate(((0, 1), (1, 0), (1, 1))):
+        names = [f"{turn}-base", *(f"{turn}-{place}-{i}" for place, i in enumerate(order))]
+        digests = [None, *(served.digests[i] for i in order)]
+        outputs = served.engine.run([greedy(*it) for it in zip(names, (prompt,) * 3, (16,) * 3, digests, strict=True)])
+        models = [served.model, *(served.oracles[i] for i in order)]
+        for name, model in zip(names, models, strict=True):
+            assert outputs[name].token_ids == oracle_greedy(model, prompt, 16)
+        num_recordings.append(len(served.recorder.recordings))
+    assert num_recordings[1] == num_recordings[2]
+    assert sum(recording.num_replays for recording in served.recorder.recordings) > 30
+
+
+def test_rows_that_fill_a_batch_up_touch_nobodys_pages(served: Served) -> None:
+    pool = served.engine.engine._memory.pool_PX
+    assert pool is not None
+    served.engine.run([greedy(f"r{i}", random_prompts(i)[1], 12) for i in range(3)])
+    before = pool.clone()
+    served.engine.run([greedy(f"again-{i}", [7 + i, 8, 9], 12) for i in range(3)])
+    assert any(recording.num_replays for recording in served.recorder.recordings)
+    changed = (pool != before).any(1).nonzero().flatten().tolist()
+    assert changed[-1] == len(pool) - 1
+    assert len(changed) == 3 + 1  # fifteen tokens each, and the scratch page
+
+
+def test_a_shape_is_recorded_only_after_it_was_wanted_some_times(served: Served) -> None:
+    served.engine.run([greedy("short", [1, 2, 3], graphs._WANTED_TIMES)])
+    assert served.recorder.recordings == []
+    served.engine.run([greedy("long", [1, 2, 3], graphs._WANTED_TIMES + 3)])
+    assert len(served.recorder.recordings) == 1
