@@ -39,6 +39,7 @@ ONLY_IN = {
 }
 """Which packages may import a library; libraries that are not named may be imported anywhere."""
 
+TRITON_ONLY_IN = "rekindle.engine.kernels.gpu"
 PURE = "rekindle.engine.scheduler"
 NOT_PURE = {"torch", "time", "random", "os", "socket", "threading", "asyncio", "logging", "secrets", "datetime"}
 
@@ -89,6 +90,21 @@ def test_heavy_libraries_stay_in_their_packages() -> None:
         if package_of(module) not in allowed
     ]
     assert wrong == []
+
+
+def test_triton_stays_in_the_gpu_kernels() -> None:
+    wrong = [
+        f"{module} imports {imported}"
+        for module, imported in imports()
+        if imported.split(".")[0] == "triton" and not f"{module}.".startswith(f"{TRITON_ONLY_IN}.")
+    ]
+    assert wrong == []
+
+
+def test_an_engine_starts_where_triton_is_not_installed() -> None:
+    script = "import sys; sys.modules['triton'] = None; import rekindle.engine.__main__"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_scheduler_is_pure() -> None:
