@@ -218,12 +218,14 @@ def _engine_settings(options: EngineOptions, records: list[ModelRecord]) -> list
     dtype = _dtype(options.dtype)
     total_bytes = options.memory if options.memory is not None else available_memory_bytes() // 2
     weights_bytes = sum(record.manifest.num_parameters * _BYTES_PER_PARAMETER[dtype] for record in records)
-    pool_bytes = (total_bytes - weights_bytes) // len(records)
+    pool_bytes = (total_bytes - weights_bytes) // len(records) - options.merge_bytes
     if pool_bytes < _MIN_POOL_BYTES:
         raise ConfigurationError(
             f"engine.memory is {format_bytes(total_bytes)} and the weights of {len(records)} models take "
             f"{format_bytes(weights_bytes)}; at least {format_bytes(_MIN_POOL_BYTES)} must be left for each model's "
-            "KV cache and adapters: raise it, or serve fewer models"
+            "KV cache and adapters"
+            + (f" beside engine.merge_bytes = {format_bytes(options.merge_bytes)}" if options.merge_bytes else "")
+            + ": raise it, or serve fewer models"
         )
     return [
         EngineSettings(
@@ -237,6 +239,7 @@ def _engine_settings(options: EngineOptions, records: list[ModelRecord]) -> list
             max_queued=options.max_queued,
             num_threads=options.threads or len(os.sched_getaffinity(0)),
             deterministic=options.deterministic,
+            merge_bytes=options.merge_bytes,
         )
         for record in records
     ]

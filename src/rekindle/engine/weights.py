@@ -28,7 +28,7 @@ class Weights:
 
     def __init__(self, path: Path, dtype: torch.dtype, expected: Mapping[str, tuple[int, ...]]) -> None:
         self._entries = check_tensors(path, expected)
-        self._dtype = dtype
+        self.dtype = dtype
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
@@ -38,7 +38,7 @@ class Weights:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor: a view of the file, or a copy if the dtype differs."""
         entry = self._entries[name]
-        return self._view(entry.offset, entry).view(entry.shape).to(self._dtype)
+        return self._view(entry.offset, entry).view(entry.shape).to(self.dtype)
 
     def fused(self, names: Sequence[str]) -> torch.Tensor:
         """Tensors concatenated along their first dimension: a view where the file stores them side by side."""
@@ -49,11 +49,18 @@ class Weights:
         if not adjacent:
             return torch.cat([self.tensor(name) for name in names])
         total = self._view(entries[0].offset, *entries)
-        return total.view(-1, *entries[0].shape[1:]).to(self._dtype)
+        return total.view(-1, *entries[0].shape[1:]).to(self.dtype)
 
     def release_pages(self) -> None:
         """Let the kernel take back this process's mapped pages; they are read again from the file when touched."""
         self._map.madvise(mmap.MADV_DONTNEED)
+
+    def release_pages_of(self, view: torch.Tensor) -> None:
+        """As `release_pages`, for the pages of one contiguous tensor; a copy is left alone."""
+        start = view.data_ptr() - torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
+        if 0 <= start < len(self._map):
+            first = start - start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, first, start + view.nbytes - first)
 
     def _view(self, offset: int, *entries: TensorEntry) -> torch.Tensor:
         count = sum(entry.num_bytes for entry in entries) // _DTYPES[entries[0].dtype].itemsize
