@@ -234,6 +234,7 @@ def _engine_settings(options: EngineOptions, records: list[ModelRecord]) -> list
             num_threads=options.threads or len(os.sched_getaffinity(0)),
             deterministic=options.deterministic,
             device=device,
+            merge_bytes=options.merge_bytes,
         )
         for record in records
     ]
@@ -241,6 +242,11 @@ def _engine_settings(options: EngineOptions, records: list[ModelRecord]) -> list
 
 def _pool_bytes(options: EngineOptions, device: str, dtype: str, records: list[ModelRecord]) -> int:
     """The page pool of each engine; 0 lets a GPU's only engine take what the weights leave free."""
+    if device != "cpu" and options.merge_bytes:
+        raise ConfigurationError(
+            f"engine.merge_bytes is for copies of weights beside those of a CPU, and the engine runs on {device}; set "
+            "it to 0, or engine.device to cpu"
+        )
     if device != "cpu" and options.memory is None:
         if len(records) == 1:
             return 0
@@ -249,12 +255,14 @@ def _pool_bytes(options: EngineOptions, device: str, dtype: str, records: list[M
         )
     total_bytes = options.memory if options.memory is not None else available_memory_bytes() // 2
     weights_bytes = sum(record.manifest.num_parameters * _BYTES_PER_PARAMETER[dtype] for record in records)
-    pool_bytes = (total_bytes - weights_bytes) // len(records)
+    pool_bytes = (total_bytes - weights_bytes) // len(records) - options.merge_bytes
     if pool_bytes < _MIN_POOL_BYTES:
         raise ConfigurationError(
             f"engine.memory is {format_bytes(total_bytes)} and the weights of {len(records)} models take "
             f"{format_bytes(weights_bytes)}; at least {format_bytes(_MIN_POOL_BYTES)} must be left for each model's "
-            "KV cache and adapters: raise it, or serve fewer models"
+            "KV cache and adapters"
+            + (f" beside engine.merge_bytes = {format_bytes(options.merge_bytes)}" if options.merge_bytes else "")
+            + ": raise it, or serve fewer models"
         )
     return pool_bytes
 

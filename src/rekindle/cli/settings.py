@@ -37,8 +37,8 @@ class EngineOptions:
     dtype: str = setting("auto", "Compute type: bfloat16, float32, or auto for bfloat16 where the device has it.")
     memory: Bytes | None = setting(
         None,
-        "Bytes for weights, KV cache and adapters of all models; half of the host's free memory, or nine tenths of "
-        "a GPU's.",
+        "Bytes for weights, KV cache, adapters and merged weights of all models; half of the host's free memory, or "
+        "nine tenths of a GPU's.",
     )
     threads: int | None = setting(None, "Threads of each engine; the machine's cores.")
     page_tokens: int = setting(16, "Tokens in one page of KV cache.")
@@ -46,6 +46,9 @@ class EngineOptions:
     max_sequences: int = setting(256, "Most sequences running at once.")
     max_queued: int = setting(1024, "Most sequences waiting; beyond that requests get 429.")
     deterministic: bool = setting(False, "Make text independent of what else runs, at some cost in speed.")
+    merge_bytes: Bytes = setting(
+        0, "Bytes of each engine, out of `memory`, for weights with an adapter merged into them; 0 never merges."
+    )
     step_limit_s: float = setting(
         600.0, "Seconds an engine with work may say nothing before it is taken for hung; longer than any step."
     )
@@ -53,6 +56,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for name in ("page_tokens", "max_step_tokens", "max_sequences", "max_queued", "step_limit_s"):
             check_range(name, getattr(self, name), 1)
+        check_range("merge_bytes", self.merge_bytes, 0)
         for name in ("memory", "threads"):
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), 1)

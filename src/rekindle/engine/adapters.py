@@ -118,6 +118,10 @@ class AdapterMemory:
         """A resident adapter."""
         return self._resident[digest]
 
+    def find(self, digest: AdapterDigest) -> ResidentAdapter | None:
+        """An adapter, if it is resident."""
+        return self._resident.get(digest)
+
     def evict(self, digest: AdapterDigest) -> None:
         """Forget an adapter's bytes; its pages may be reused at once."""
         self._resident.pop(digest).vector.close()

@@ -1,7 +1,8 @@
 """From a step plan to tensors.
 
 Sequences are ordered base first, then adapter by adapter, so that every adapter's rows are one slice; within a sequence
-rows rise in position. `Layout` keeps the plan's order so that results can be given back in it.
+rows rise in position. The rows of an adapter that is merged into the weights come last, so that those of all others are
+one slice too. `Layout` keeps the plan's order so that results can be given back in it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from rekindle.engine.adapters import ResidentAdapter
 from rekindle.engine.kernels.interface import AdapterMatrices, AttentionBatch, LoraBatch, make_lora_batch
-from rekindle.engine.models.decoder import ForwardBatch
+from rekindle.engine.models.decoder import DecoderWeights, ForwardBatch
 from rekindle.engine.scheduler.plan import PlannedSequence
 from rekindle.protocol.identity import AdapterDigest, RequestId
 
@@ -28,6 +29,17 @@ class AdapterRows:
 
 
 @dataclass(frozen=True, slots=True)
+class Merged:
+    """An adapter that is merged into a step's weights. `negated` are its matrices with scales of opposite sign, which
+    rows of others get."""
+
+    digest: AdapterDigest
+    weights: DecoderWeights
+    negated: AdapterMatrices
+    changes_head: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """A step's rows. `order[i]` is the plan's index of the i-th sequence in row order, which owns rows
     `starts[i] .. starts[i + 1]`."""
@@ -36,6 +48,7 @@ class Layout:
     starts: tuple[int, ...]
     adapters: tuple[AdapterRows, ...]
     forward: ForwardBatch
+    merged: Merged | None
 
 
 def lay_out(
@@ -45,10 +58,16 @@ def lay_out(
     latest_samples: Mapping[RequestId, Sequence[int]],
     device: torch.device,
     pool_PX: torch.Tensor | None,
+    merged: Merged | None = None,
 ) -> Layout:
     """Build a step's tensors. `latest_samples` fills the positions planned before their tokens were known. `pool_PX`
     is the pool that adapters are read from where they are not mapped."""
-    order = sorted(range(len(sequences)), key=lambda i: sequences[i].request.adapter or "")
+
+    def place(i: int) -> tuple[bool, str]:
+        digest = sequences[i].request.adapter
+        return merged is not None and digest == merged.digest, digest or ""
+
+    order = sorted(range(len(sequences)), key=place)
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -69,9 +88,30 @@ def lay_out(
         token_ids_T=torch.tensor(token_ids, device=device),
         positions_T=torch.tensor(positions, device=device),
         attention=_attention_batch(ordered, starts, slots, page_tokens, device),
-        lora=lora_batch(adapters, len(positions), pool_PX),
+        lora=lora_batch([rows for rows in adapters if not is_merged(rows, merged)], len(positions), pool_PX),
+        unmerge=unmerge_batch(adapters, len(positions), merged, pool_PX),
+        weights=None if merged is None else merged.weights,
     )
-    return Layout(tuple(order), tuple(starts), adapters, forward)
+    return Layout(tuple(order), tuple(starts), adapters, forward, merged)
+
+
+def is_merged(rows: AdapterRows, merged: Merged | None) -> bool:
+    """Whether these rows find their adapter in the weights."""
+    return merged is not None and rows.adapter.manifest.digest == merged.digest
+
+
+def unmerge_batch(
+    adapters: Sequence[AdapterRows], num_rows: int, merged: Merged | None, pool_PX: torch.Tensor | None = None
+) -> LoraBatch | None:
+    """What takes the merged adapter off the rows of all others, which come before its own; None if there are none."""
+    if merged is None:
+        return None
+    first = next((rows.start for rows in adapters if is_merged(rows, merged)), num_rows)
+    if first == 0:
+        return None
+    if first == num_rows:
+        return make_lora_batch([0, num_rows], [merged.negated], pool_PX)
+    return make_lora_batch([0, first, num_rows], [merged.negated, None], pool_PX)
 
 
 def lora_batch(adapters: Sequence[AdapterRows], num_rows: int, pool_PX: torch.Tensor | None = None) -> LoraBatch | None:

@@ -12,13 +12,16 @@ from pathlib import Path
 import torch
 
 from rekindle.clock import Clock
-from rekindle.engine.adapters import AdapterMemory
+from rekindle.engine.adapters import AdapterMemory, ResidentAdapter
 from rekindle.engine.devices import Device, device_of
 from rekindle.engine.graphs import DecodeGraphs, GraphSizes
 from rekindle.engine.memory import page_bytes_for
+from rekindle.engine.merging import MergedCopies, Merging, adapter_size
 from rekindle.engine.models.decoder import Decoder
 from rekindle.engine.models.registry import read_architecture, read_config
 from rekindle.engine.runner import Runner
+from rekindle.engine.scheduler.merging import MergePolicy
+from rekindle.engine.scheduler.plan import StepPlan
 from rekindle.engine.scheduler.scheduler import Scheduler, SchedulerConfig
 from rekindle.engine.weights import Weights, WeightSource
 from rekindle.errors import ConfigurationError, InvalidRequest
@@ -61,7 +64,7 @@ class Engine:
         context_tokens = settings.model.context_length
         weights = weights or Weights(directory / "model.safetensors", dtype, tensor_shapes(config), device.torch_device)
         kernels = device.kernels(set(arch.attention), deterministic=settings.deterministic)
-        model = Decoder(arch, weights, kernels, context_tokens)
+        model = Decoder(arch, weights, kernels, context_tokens, clock)
         weights.release_pages()
         loaded_s = clock.monotonic_s()
 
@@ -83,7 +86,11 @@ class Engine:
                 scratch_page=num_pages,
             )
             graphs = DecodeGraphs(partial(model.forward, pool=kv), recorder, sizes, dtype, self._memory.pool_PX)
-        self._runner = Runner(model, kv, self._adapters, self._memory.pool_PX, graphs)
+        self._merging, self._merge_policy = _merging(
+            settings, model, weights, self._adapters.find, loaded_s - started_s, clock
+        )
+        self._runner = Runner(model, kv, self._adapters, self._memory.pool_PX, graphs, self._merging)
+        self._arch, self._element_bytes = arch, dtype.itemsize
         self._vocab_size = arch.vocab_size
         self._answers: list[TokenChunk] = []
         self._clock = clock
@@ -98,7 +105,8 @@ class Engine:
                 max_sequences=settings.max_sequences,
                 max_queued=settings.max_queued,
                 max_context_tokens=context_tokens,
-            )
+            ),
+            self._merge_policy,
         )
         self.ready = EngineReady(
             num_pages=num_pages,
@@ -117,10 +125,15 @@ class Engine:
         """Make a version known; its bytes are read when a request first needs them."""
         self._adapters.register(manifest.digest, Path(path))
         self._scheduler.add_adapter(manifest)
+        if self._merge_policy is not None:
+            self._merge_policy.add(manifest.digest, adapter_size(manifest, self._arch, self._element_bytes))
 
     def remove_adapter(self, digest: AdapterDigest) -> None:
         """Forget a version once no sequence uses it."""
         self._scheduler.remove_adapter(digest)
+        if self._merging is not None and self._merge_policy is not None:
+            self._merge_policy.remove(digest)
+            self._merging.forget(digest)
 
     def submit(self, request: GenerateRequest) -> None:
         """Queue a sequence.
@@ -156,10 +169,17 @@ class Engine:
         if plan.sequences:
             started_s = self._clock.monotonic_s()
             result = self._runner.execute(plan)
-            self._scheduler.note_duration(plan, self._clock.monotonic_s() - started_s)
+            step_s = self._clock.monotonic_s() - started_s
+            self._scheduler.note_duration(plan, step_s)
             chunks += self._scheduler.commit(plan, result)
             self._runner.between_steps()
+            self._advance_merging(plan, step_s)
         return chunks
+
+    def _advance_merging(self, plan: StepPlan, step_s: float) -> None:
+        if self._merging is not None and self._merge_policy is not None:
+            for outcome in self._merging.advance(plan.merge_build, step_s):
+                self._merge_policy.note_outcome(outcome)
 
     def stats(self) -> EngineStats:
         """Load and memory as of now."""
@@ -175,6 +195,23 @@ class Engine:
         """Release threads and memory."""
         self._adapters.close()
         self._memory.close()
+
+
+def _merging(
+    settings: EngineSettings,
+    model: Decoder,
+    weights: WeightSource,
+    resident: Callable[[AdapterDigest], ResidentAdapter | None],
+    load_s: float,
+    clock: Clock,
+) -> tuple[Merging | None, MergePolicy | None]:
+    """Who merges adapters, and who decides on it; nobody where it is switched off. Until a merge was measured, writing
+    weights is taken to be as quick as loading them was, which took `load_s`."""
+    if not settings.merge_bytes or settings.deterministic:
+        return None, None
+    num_bytes = settings.model.num_parameters * weights.dtype.itemsize
+    copies = MergedCopies(model, weights, resident, settings.merge_bytes, clock)
+    return copies, MergePolicy(load_s / max(num_bytes, 1))
 
 
 def _dtype(settings: EngineSettings) -> torch.dtype:

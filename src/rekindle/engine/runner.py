@@ -11,9 +11,18 @@ from collections.abc import Sequence
 import torch
 
 from rekindle.engine.adapters import AdapterMemory
-from rekindle.engine.batch import AdapterRows, Layout, lay_out, lora_batch, select_rows
+from rekindle.engine.batch import (
+    Layout,
+    Merged,
+    is_merged,
+    lay_out,
+    lora_batch,
+    select_rows,
+    unmerge_batch,
+)
 from rekindle.engine.graphs import DecodeGraphs
 from rekindle.engine.kernels.interface import KVPool
+from rekindle.engine.merging import Merging
 from rekindle.engine.models.decoder import Decoder
 from rekindle.engine.sampling import Sampled, SampleRow, logprobs_of, sample
 from rekindle.engine.scheduler.plan import PlannedSequence, SequenceResult, StepPlan, StepResult
@@ -36,9 +45,10 @@ class Runner:
         adapters: AdapterMemory,
         pool_PX: torch.Tensor | None = None,
         graphs: DecodeGraphs | None = None,
+        merging: Merging | None = None,
     ) -> None:
         self._model, self._pool, self._adapters, self._pool_PX = model, pool, adapters, pool_PX
-        self._graphs = graphs
+        self._graphs, self._merging = graphs, merging
         self._device = pool.kv_PLBCD.device
         self._page_tokens = pool.kv_PLBCD.shape[2]
         self._latest_samples: dict[RequestId, tuple[int, ...]] = {}
@@ -47,17 +57,21 @@ class Runner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute every planned sequence. Never raises for what one sequence did, hence the broad handlers; see
         `SequenceResult.error`."""
+        merged = None if self._merging is None else self._merging.prepare(plan.merged)
+        before_s = self._model.lora_s
         try:
-            results = self._run(plan.sequences)
+            results = self._run(plan.sequences, merged)
+            is_as_planned = plan.merged == (merged and merged.digest)
+            lora_s = self._model.lora_s - before_s if is_as_planned else None
         except Exception:
             _logger.exception("step %d failed; running its sequences one by one", plan.step)
-            results = [self._run_alone(planned) for planned in plan.sequences]
+            results, lora_s = [self._run_alone(planned, merged) for planned in plan.sequences], None
         self._latest_samples = {
             planned.request.request_id: result.token_ids
             for planned, result in zip(plan.sequences, results, strict=True)
             if result.token_ids
         }
-        return StepResult(plan.step, tuple(results))
+        return StepResult(plan.step, tuple(results), lora_s)
 
     @torch.inference_mode()
     def between_steps(self) -> None:
@@ -65,16 +79,16 @@ class Runner:
         if self._graphs is not None:
             self._graphs.record_next()
 
-    def _run_alone(self, planned: PlannedSequence) -> SequenceResult:
+    def _run_alone(self, planned: PlannedSequence, merged: Merged | None) -> SequenceResult:
         try:
-            return self._run([planned])[0]
+            return self._run([planned], merged)[0]
         except Exception as error:
             _logger.exception("request %s failed alone", planned.request.request_id)
             return SequenceResult(error=f"the engine could not compute this request: {error}")
 
-    def _run(self, sequences: Sequence[PlannedSequence]) -> list[SequenceResult]:
+    def _run(self, sequences: Sequence[PlannedSequence], merged: Merged | None) -> list[SequenceResult]:
         layout = lay_out(
-            sequences, self._page_tokens, self._adapters.get, self._latest_samples, self._device, self._pool_PX
+            sequences, self._page_tokens, self._adapters.get, self._latest_samples, self._device, self._pool_PX, merged
         )
         hidden_TH = self._forward(layout)
         sampled = self._sample(sequences, layout, hidden_TH)
@@ -86,7 +100,8 @@ class Runner:
 
     def _forward(self, layout: Layout) -> torch.Tensor:
         embedded_TH = self._embed(layout)
-        if self._graphs is not None and len(layout.order) == len(embedded_TH):
+        is_decode, is_merged_step = len(layout.order) == len(embedded_TH), layout.merged is not None
+        if self._graphs is not None and is_decode and not is_merged_step:
             hidden_TH = self._graphs.run(embedded_TH, layout.forward)
             if hidden_TH is not None:
                 return hidden_TH
@@ -107,11 +122,15 @@ class Runner:
                 embedded_TH[part] = (embedded_TH[part].float() + delta_TH).to(embedded_TH.dtype)
         return embedded_TH
 
-    def _logits(self, hidden_TH: torch.Tensor, rows: list[int], adapters: Sequence[AdapterRows]) -> torch.Tensor:
+    def _logits(self, hidden_TH: torch.Tensor, rows: list[int], layout: Layout) -> torch.Tensor:
         """Logits of the chosen rows, under the adapters that change the output head."""
-        chosen = select_rows([group for group in adapters if group.adapter.changes_head], rows)
+        chosen = select_rows([group for group in layout.adapters if group.adapter.changes_head], rows)
         hidden_RH = hidden_TH if len(rows) == len(hidden_TH) else hidden_TH[rows]
-        logits_RV = self._model.logits(hidden_RH, lora_batch(chosen, len(rows), self._pool_PX))
+        merged, pool_PX = layout.merged, self._pool_PX
+        is_head_merged = merged is not None and merged.changes_head
+        unmerge = unmerge_batch(chosen, len(rows), merged, pool_PX) if is_head_merged else None
+        own = lora_batch([group for group in chosen if not is_merged(group, merged)], len(rows), pool_PX)
+        logits_RV = self._model.logits(hidden_RH, (unmerge, own), layout.forward.weights)
         for group in chosen:
             if (head := group.adapter.replaced_head) is not None:
                 part = slice(group.start, group.end)
@@ -126,7 +145,7 @@ class Runner:
         if not places:
             return {}
         indices = [layout.order[place] for place in places]
-        logits_RV = self._logits(hidden_TH, [layout.starts[place + 1] - 1 for place in places], layout.adapters)
+        logits_RV = self._logits(hidden_TH, [layout.starts[place + 1] - 1 for place in places], layout)
         rows = [self._sample_row(sequences[index]) for index in indices]
         return dict(zip(indices, sample(logits_RV, rows), strict=True))
 
@@ -149,7 +168,7 @@ class Runner:
         for i in range(0, len(targets), _PROMPT_LOGPROB_ROWS):
             part = targets[i : i + _PROMPT_LOGPROB_ROWS]
             rows = list(range(first_row + i, first_row + i + len(part)))
-            found += logprobs_of(self._logits(hidden_TH, rows, layout.adapters), part, num_top)
+            found += logprobs_of(self._logits(hidden_TH, rows, layout), part, num_top)
         return tuple(found)
 
 

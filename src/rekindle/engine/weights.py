@@ -24,6 +24,7 @@ class WeightSource(Protocol):
     """Where a model's tensors come from, by their Hugging Face names, in the compute dtype and on `device`."""
 
     device: torch.device
+    dtype: torch.dtype
 
     def has(self, name: str) -> bool: ...
 
@@ -35,6 +36,10 @@ class WeightSource(Protocol):
 
     def release_pages(self) -> None:
         """Give back what was only needed while tensors were taken."""
+        ...
+
+    def release_pages_of(self, view: torch.Tensor) -> None:
+        """As `release_pages`, for one tensor."""
         ...
 
 
@@ -49,8 +54,7 @@ class Weights:
         self, path: Path, dtype: torch.dtype, expected: Mapping[str, tuple[int, ...]], device: torch.device
     ) -> None:
         self._entries = check_tensors(path, expected)
-        self.device = device
-        self._dtype = dtype
+        self.device, self.dtype = device, dtype
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
@@ -78,7 +82,14 @@ class Weights:
         self._map.madvise(mmap.MADV_DONTNEED)
 
     def _brought(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device).to(self._dtype)
+        return tensor.to(self.device).to(self.dtype)
+
+    def release_pages_of(self, view: torch.Tensor) -> None:
+        """As `release_pages`, for the pages of one contiguous tensor; a copy is left alone."""
+        start = view.data_ptr() - torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
+        if 0 <= start < len(self._map):
+            first = start - start % mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, first, start + view.nbytes - first)
 
     def _view(self, offset: int, *entries: TensorEntry) -> torch.Tensor:
         count = sum(entry.num_bytes for entry in entries) // _DTYPES[entries[0].dtype].itemsize

@@ -163,6 +163,7 @@ class _EngineCollector(Collector):
         yield from _counters(known)
         yield self._pages(known)
         yield self._adapters_in_use(known)
+        yield _merged(known)
         up = GaugeMetricFamily("rekindle_engine_ready", "1 while the engine takes requests.", labels=(MODEL,))
         restarts = CounterMetricFamily("rekindle_engine_restarts", "Engines started again.", labels=(MODEL,))
         for base in self._bases:
@@ -213,6 +214,16 @@ def _gauges(known: Sequence[tuple[str, EngineStats]]) -> Iterator[Metric]:
     yield from (running, waiting, kv_use, resident)
 
 
+def _merged(known: Sequence[tuple[str, EngineStats]]) -> Metric:
+    merged = GaugeMetricFamily(
+        "rekindle_merged_adapter", "1 for the adapter version now merged into the weights.", labels=(MODEL, "version")
+    )
+    for name, stats in known:
+        if stats.merged_adapter is not None:
+            merged.add_metric((name, stats.merged_adapter), 1)
+    return merged
+
+
 def _counters(known: Sequence[tuple[str, EngineStats]]) -> Iterator[Metric]:
     for metric, field, text in (
         ("vllm:prefix_cache_queries", "prefix_queries_total", "Prompt tokens looked up in the prefix cache."),
@@ -220,6 +231,7 @@ def _counters(known: Sequence[tuple[str, EngineStats]]) -> Iterator[Metric]:
         ("vllm:num_preemptions", "preemptions_total", "Sequences put back because pages ran out."),
         ("rekindle_adapter_loads", "adapter_loads_total", "Adapters brought into device memory."),
         ("rekindle_steps", "steps_total", "Forward passes."),
+        ("rekindle_steps_merged", "steps_merged_total", "Forward passes with an adapter merged into the weights."),
     ):
         family = CounterMetricFamily(metric, text, labels=(MODEL,))
         for name, stats in known:

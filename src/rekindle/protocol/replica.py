@@ -16,7 +16,8 @@ class EngineSettings:
     `device` is "cpu" or a CUDA device as torch names it. `memory_bytes` bounds the page pool, which holds KV cache and
     adapters; 0, on a GPU, is what the weights leave free. `max_step_tokens` bounds one forward pass,
     `max_sequences` the sequences running at once, `max_queued` those waiting. `deterministic` selects batch-invariant
-    kernels.
+    kernels. `merge_bytes` bounds the weights kept beside the base's with an adapter merged into them; 0 never merges,
+    nor does `deterministic`.
     """
 
     model_dir: str
@@ -30,6 +31,7 @@ class EngineSettings:
     num_threads: int
     deterministic: bool = False
     device: str = "cpu"
+    merge_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,8 @@ class Shutdown:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot of the engine's load and memory, sent about once a second while anything changes."""
+    """A snapshot of the engine's load and memory, sent about once a second while anything changes. `merged_adapter` is
+    the adapter that the latest step found in its weights, `steps_merged_total` the number of steps that found any."""
 
     num_waiting: int
     num_running: int
@@ -90,3 +93,5 @@ class EngineStats:
     preemptions_total: int
     adapter_loads_total: int
     steps_total: int
+    merged_adapter: AdapterDigest | None = None
+    steps_merged_total: int = 0

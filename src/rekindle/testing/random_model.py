@@ -30,7 +30,7 @@ class RandomWeights:
     `rekindle.engine.weights.WeightSource`."""
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
-        self.device, self._dtype = device, dtype
+        self.device, self.dtype = device, dtype
         self._shapes = tensor_shapes(resolve_config(config))
         self._seeds = {name: seed + i for i, name in enumerate(self._shapes)}
 
@@ -41,12 +41,15 @@ class RandomWeights:
         shape = self._shapes[name]
         draw = torch.Generator(self.device).manual_seed(self._seeds[name])
         values = torch.randn(shape, generator=draw, device=self.device) * _DEVIATION
-        return (values if len(shape) > 1 else 1 + values).to(self._dtype)
+        return (values if len(shape) > 1 else 1 + values).to(self.dtype)
 
     def fused(self, names: Sequence[str]) -> torch.Tensor:
         return torch.cat([self.tensor(name) for name in names])
 
     def release_pages(self) -> None:
+        """Nothing is kept."""
+
+    def release_pages_of(self, view: torch.Tensor) -> None:
         """Nothing is kept."""
 
 

@@ -232,7 +232,8 @@ class NativeKernels:
         self._attention = library.operation("attention")
         self._lora = library.operation("lora")
         nothing = _Bound(None, 0, ())
-        self._attention_batch, self._pool, self._lora_batch = nothing, nothing, nothing
+        self._attention_batch, self._pool = nothing, nothing
+        self._lora_batches = (nothing, nothing)
         self._shapes: dict[int, _Bound] = {}
         self._groups: dict[int, _Bound] = {}
 
@@ -363,9 +364,12 @@ class NativeKernels:
         return self._pool.address
 
     def _lora_batch_address(self, batch: LoraBatch) -> int:
-        if self._lora_batch.source is not batch:
-            self._lora_batch = _bind_lora_batch(batch)
-        return self._lora_batch.address
+        """A step may have two batches that take turns."""
+        latest, other = self._lora_batches
+        if latest.source is not batch:
+            latest, other = other if other.source is batch else _bind_lora_batch(batch), latest
+            self._lora_batches = latest, other
+        return latest.address
 
     def _shape_address(self, shape: AttentionShape) -> int:
         bound = self._shapes.get(id(shape))

@@ -6,11 +6,12 @@ copy. Adapters add to the output of the same fused linear that computes the base
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from rekindle.clock import Clock
 from rekindle.engine.kernels.interface import (
     AttentionBatch,
     Kernels,
@@ -22,19 +23,17 @@ from rekindle.engine.kernels.interface import (
 from rekindle.engine.models.architecture import Architecture
 from rekindle.engine.weights import WeightSource
 
-
-@dataclass(frozen=True, slots=True)
-class ForwardBatch:
-    """One step's input: token and position of each row, where its keys and values go, and its adapters, if any."""
-
-    token_ids_T: torch.Tensor  # int64 [T]
-    positions_T: torch.Tensor  # int64 [T]
-    attention: AttentionBatch
-    lora: LoraBatch | None
+LINEARS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "output": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""The modules that each fused linear of a layer computes, in the order of its outputs."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
     """Prepared weights of one layer."""
 
     norms: dict[str, torch.Tensor]
@@ -46,18 +45,55 @@ class _Layer:
     key_norm_D: torch.Tensor | None
 
 
-class Decoder:
-    """A decoder-only transformer ready to run: weights packed for `kernels`, rotary tables computed."""
+@dataclass(frozen=True, slots=True)
+class DecoderWeights:
+    """Weights that a step multiplies with: the base's, or a set into which an adapter is merged."""
 
-    def __init__(self, arch: Architecture, weights: WeightSource, kernels: Kernels, max_context_tokens: int) -> None:
+    layers: tuple[Layer, ...]
+    head: PackedLinear
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One step's input: token and position of each row, where its keys and values go, and its adapters, if any.
+
+    `weights` are used in place of the base's if given; `unmerge` then takes off again, from the rows that do not want
+    it, what is merged into them.
+    """
+
+    token_ids_T: torch.Tensor  # int64 [T]
+    positions_T: torch.Tensor  # int64 [T]
+    attention: AttentionBatch
+    lora: LoraBatch | None
+    unmerge: LoraBatch | None = None
+    weights: DecoderWeights | None = None
+
+
+def head_name(arch: Architecture) -> str:
+    """The tensor that the output head multiplies with."""
+    return "model.embed_tokens.weight" if arch.tied_embeddings else "lm_head.weight"
+
+
+class Decoder:
+    """A decoder-only transformer ready to run: weights packed for `kernels`, rotary tables computed.
+
+    `lora_s` sums the seconds spent in calls of the lora kernel, by `clock`.
+    """
+
+    def __init__(
+        self, arch: Architecture, weights: WeightSource, kernels: Kernels, max_context_tokens: int, clock: Clock
+    ) -> None:
         self.arch = arch
-        self._kernels = kernels
+        self._clock = clock
+        self.kernels = kernels
+        self.lora_s = 0.0
         self._embed_VH = weights.tensor("model.embed_tokens.weight")
         self._dtype = self._embed_VH.dtype
-        self._layers = [self._load_layer(weights, layer) for layer in range(arch.num_layers)]
+        self.weights = DecoderWeights(
+            layers=tuple(self._load_layer(weights, layer) for layer in range(arch.num_layers)),
+            head=kernels.pack_linear(weights.tensor(head_name(arch)), None),
+        )
         self._final_norm_H = self._norm_weight(weights, "model.norm.weight")
-        head_name = "model.embed_tokens.weight" if arch.tied_embeddings else "lm_head.weight"
-        self._head = kernels.pack_linear(weights.tensor(head_name), None)
         tables = [rope.table(max_context_tokens) for rope in arch.ropes]
         self._rope_tables = [(cos.to(weights.device), sin.to(weights.device)) for cos, sin in tables]
         self._embed_scale = torch.tensor(arch.embed_scale, dtype=self._embed_VH.dtype, device=weights.device)
@@ -75,7 +111,7 @@ class Decoder:
 
     def low_rank(self, a_TR: torch.Tensor, b_HR: torch.Tensor, scale: float) -> torch.Tensor:
         """scale * a b^T in float32: what an adapter adds to embeddings."""
-        return self._kernels.multiply(a_TR.float(), b_HR.float()) * scale
+        return self.kernels.multiply(a_TR.float(), b_HR.float()) * scale
 
     def forward(self, embedded_TH: torch.Tensor, batch: ForwardBatch, pool: KVPool) -> torch.Tensor:
         """Run all layers, writing keys and values into `pool`; returns the last hidden
@@ -83,13 +119,13 @@ class Decoder:
 
         The residual stream is float32: kept in bfloat16, it would more than double the error of the logits.
         """
-        kernels, arch = self._kernels, self.arch
+        kernels, arch = self.kernels, self.arch
         if arch.embed_scale != 1.0:
             embedded_TH = embedded_TH * self._embed_scale
         residual_TH = embedded_TH.to(torch.float32, copy=True)
         rotations = [(cos[batch.positions_T], sin[batch.positions_T]) for cos, sin in self._rope_tables]
         branch_TH: torch.Tensor | None = None
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate((batch.weights or self.weights).layers):
             norm_H = layer.norms["input_layernorm"]
             if branch_TH is None:
                 x_TH = kernels.rms_norm(residual_TH, norm_H, arch.norm_eps, self._dtype)
@@ -97,24 +133,44 @@ class Decoder:
                 x_TH = kernels.add_rms_norm(branch_TH, residual_TH, norm_H, arch.norm_eps)
             cos_TD, sin_TD = rotations[arch.rope_of[index]]
             branch_TH = self._attend(layer, index, x_TH, cos_TD, sin_TD, batch, pool)
-            branch_TH = self._feed_forward(layer, index, branch_TH, residual_TH, batch.lora)
+            branch_TH = self._feed_forward(layer, index, branch_TH, residual_TH, batch)
         if branch_TH is not None:
             residual_TH += branch_TH
         return residual_TH
 
-    def logits(self, hidden_RH: torch.Tensor, lora: LoraBatch | None = None) -> torch.Tensor:
-        """Final norm and output head for chosen rows; `lora` describes the adapters of these rows. Float32 [R, V]."""
-        normed_RH = self._kernels.rms_norm(hidden_RH, self._final_norm_H, self.arch.norm_eps, self._dtype)
-        logits_RV = self._head(normed_RH)
-        if lora is not None:
-            self._kernels.lora(normed_RH, logits_RV, lora, self.arch.num_layers, self._head_group)
+    def logits(
+        self,
+        hidden_RH: torch.Tensor,
+        updates: Sequence[LoraBatch | None] = (),
+        weights: DecoderWeights | None = None,
+    ) -> torch.Tensor:
+        """Final norm and output head for chosen rows, float32 [R, V]; `updates` and `weights` are for these rows what
+        `lora`, `unmerge` and `weights` are in `ForwardBatch`."""
+        normed_RH = self.kernels.rms_norm(hidden_RH, self._final_norm_H, self.arch.norm_eps, self._dtype)
+        logits_RV = (weights or self.weights).head(normed_RH)
+        self._update(normed_RH, logits_RV, updates, self.arch.num_layers, self._head_group)
         return self._cap(logits_RV.float())
 
     def logits_with_head(self, hidden_RH: torch.Tensor, head_parts_VH: Iterable[torch.Tensor]) -> torch.Tensor:
         """As `logits`, with another matrix, given in runs of its rows, in place of the base's output head."""
-        normed_RH = self._kernels.rms_norm(hidden_RH, self._final_norm_H, self.arch.norm_eps, self._dtype)
-        logits_RV = torch.cat([self._kernels.multiply(normed_RH, part_VH) for part_VH in head_parts_VH], dim=1)
+        normed_RH = self.kernels.rms_norm(hidden_RH, self._final_norm_H, self.arch.norm_eps, self._dtype)
+        logits_RV = torch.cat([self.kernels.multiply(normed_RH, part_VH) for part_VH in head_parts_VH], dim=1)
         return self._cap(logits_RV.float())
+
+    def _update(
+        self,
+        x_TK: torch.Tensor,
+        y_TN: torch.Tensor,
+        updates: Sequence[LoraBatch | None],
+        index: int,
+        group: LoraGroup,
+    ) -> None:
+        """Add what adapters change in the outputs of one fused linear."""
+        for batch in updates:
+            if batch is not None:
+                started_s = self._clock.monotonic_s()
+                self.kernels.lora(x_TK, y_TN, batch, index, group)
+                self.lora_s += self._clock.monotonic_s() - started_s
 
     def _cap(self, logits_RV: torch.Tensor) -> torch.Tensor:
         cap = self.arch.logit_softcap
@@ -122,7 +178,7 @@ class Decoder:
 
     def _attend(
         self,
-        layer: _Layer,
+        layer: Layer,
         index: int,
         x_TH: torch.Tensor,
         cos_TD: torch.Tensor,
@@ -130,10 +186,9 @@ class Decoder:
         batch: ForwardBatch,
         pool: KVPool,
     ) -> torch.Tensor:
-        kernels, shape = self._kernels, self.arch.attention[index]
+        kernels, shape = self.kernels, self.arch.attention[index]
         qkv_TE = layer.qkv(x_TH)
-        if batch.lora is not None:
-            kernels.lora(x_TH, qkv_TE, batch.lora, index, self._qkv_group)
+        self._update(x_TH, qkv_TE, (batch.unmerge, batch.lora), index, self._qkv_group)
         if layer.query_norm_D is not None and layer.key_norm_D is not None:
             heads = qkv_TE.view(len(qkv_TE), -1, shape.head_dim)
             query_heads, key_heads = heads[:, : shape.num_heads], heads[:, shape.num_heads :][:, : shape.num_kv_heads]
@@ -142,49 +197,50 @@ class Decoder:
         kernels.rope_and_store(qkv_TE, cos_TD, sin_TD, pool, index, batch.attention, shape)
         mixed_TE = kernels.attention(qkv_TE, pool, index, batch.attention, shape)
         out_TH = layer.output(mixed_TE)
-        if batch.lora is not None:
-            kernels.lora(mixed_TE, out_TH, batch.lora, index, self._output_group)
+        self._update(mixed_TE, out_TH, (batch.unmerge, batch.lora), index, self._output_group)
         return out_TH
 
     def _feed_forward(
-        self, layer: _Layer, index: int, attended_TH: torch.Tensor, residual_TH: torch.Tensor, lora: LoraBatch | None
+        self, layer: Layer, index: int, attended_TH: torch.Tensor, residual_TH: torch.Tensor, batch: ForwardBatch
     ) -> torch.Tensor:
-        kernels, eps = self._kernels, self.arch.norm_eps
+        kernels, eps = self.kernels, self.arch.norm_eps
         norm_H = layer.norms["post_attention_layernorm"]
         if self.arch.sandwich_norms:
             attended_TH = kernels.rms_norm(attended_TH, norm_H, eps)
             norm_H = layer.norms["pre_feedforward_layernorm"]
         x_TH = kernels.add_rms_norm(attended_TH, residual_TH, norm_H, eps)
         gate_up_TF = layer.gate_up(x_TH)
-        if lora is not None:
-            kernels.lora(x_TH, gate_up_TF, lora, index, self._gate_up_group)
+        self._update(x_TH, gate_up_TF, (batch.unmerge, batch.lora), index, self._gate_up_group)
         inner_TF = kernels.gated_activation(gate_up_TF, self.arch.activation)
         out_TH = layer.down(inner_TF)
-        if lora is not None:
-            kernels.lora(inner_TF, out_TH, lora, index, self._down_group)
+        self._update(inner_TF, out_TH, (batch.unmerge, batch.lora), index, self._down_group)
         if self.arch.sandwich_norms:
             out_TH = kernels.rms_norm(out_TH, layer.norms["post_feedforward_layernorm"], eps)
         return out_TH
 
-    def _load_layer(self, weights: WeightSource, index: int) -> _Layer:
+    def _load_layer(self, weights: WeightSource, index: int) -> Layer:
         prefix = f"model.layers.{index}."
 
-        def linear(*names: str) -> PackedLinear:
-            weight_NK = weights.fused([f"{prefix}{name}.weight" for name in names])
-            has_bias = weights.has(f"{prefix}{names[0]}.bias")
-            bias_N = weights.fused([f"{prefix}{name}.bias" for name in names]) if has_bias else None
-            return self._kernels.pack_linear(weight_NK, bias_N)
+        def linear(name: str) -> PackedLinear:
+            return self.kernels.pack_linear(*linear_tensors(weights, index, name))
 
-        attention, mlp = "self_attn.", "mlp."
-        return _Layer(
+        return Layer(
             norms={name: self._norm_weight(weights, f"{prefix}{name}.weight") for name in self.arch.norm_names},
-            qkv=linear(attention + "q_proj", attention + "k_proj", attention + "v_proj"),
-            output=linear(attention + "o_proj"),
-            gate_up=linear(mlp + "gate_proj", mlp + "up_proj"),
-            down=linear(mlp + "down_proj"),
+            qkv=linear("qkv"),
+            output=linear("output"),
+            gate_up=linear("gate_up"),
+            down=linear("down"),
             query_norm_D=self._norm_weight(weights, prefix + "self_attn.q_norm.weight") if self.arch.qk_norm else None,
             key_norm_D=self._norm_weight(weights, prefix + "self_attn.k_norm.weight") if self.arch.qk_norm else None,
         )
 
     def _norm_weight(self, weights: WeightSource, name: str) -> torch.Tensor:
         return weights.tensor(name).float() + self.arch.norm_offset
+
+
+def linear_tensors(weights: WeightSource, index: int, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias, if any, of the fused linear `name` of `LINEARS` in layer `index`."""
+    modules = [f"model.layers.{index}.{module}" for module in LINEARS[name]]
+    has_bias = weights.has(f"{modules[0]}.bias")
+    bias_N = weights.fused([f"{module}.bias" for module in modules]) if has_bias else None
+    return weights.fused([f"{module}.weight" for module in modules]), bias_N

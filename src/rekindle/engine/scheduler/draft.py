@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rekindle.engine.scheduler.merging import MergeChoice
 from rekindle.engine.scheduler.plan import AdapterLoad, PlannedSequence, StepPlan
 from rekindle.engine.scheduler.sequence import Sequence
 from rekindle.protocol.identity import AdapterDigest, RequestId
@@ -20,20 +21,23 @@ class StepDraft:
         self.preempted: list[RequestId] = []
         self.reasons: list[str] = []
         self.is_short_of_pages = False
-        self._planned: list[PlannedSequence] = []
+        self.merge = MergeChoice()
+        self.planned: list[PlannedSequence] = []
 
     def add(self, sequence: Sequence, num_positions: int) -> None:
         """Plan a sequence's next positions, which its pages cover."""
-        self._planned.append(sequence.plan(num_positions))
+        self.planned.append(sequence.plan(num_positions))
         self.timelines.append((sequence, sequence.timeline))
         self.tokens_left -= num_positions
 
     def build(self, step: int, evicted: tuple[AdapterDigest, ...]) -> StepPlan:
         return StepPlan(
             step=step,
-            sequences=tuple(self._planned),
+            sequences=tuple(self.planned),
             loads=tuple(self.loads),
             evicted=evicted,
             preempted=tuple(self.preempted),
-            reasons=tuple(self.reasons),
+            reasons=(*self.reasons, *self.merge.reasons),
+            merged=self.merge.merged,
+            merge_build=self.merge.build,
         )

@@ -48,7 +48,8 @@ class StepPlan:
     """What one step does. Order of acting: `evicted` adapters are unmapped, `loads` are started, the sequences run.
 
     `preempted` gave their pages back and wait again; `reasons` say in words why anything unusual was decided.
-    An empty `sequences` means there is nothing to compute now.
+    An empty `sequences` means there is nothing to compute now. `merged` names the adapter whose rows find it in the
+    weights, `merge_build` the one that is to be made ready for that; see `merging`.
     """
 
     step: int
@@ -57,6 +58,8 @@ class StepPlan:
     evicted: tuple[AdapterDigest, ...] = ()
     preempted: tuple[RequestId, ...] = ()
     reasons: tuple[str, ...] = ()
+    merged: AdapterDigest | None = None
+    merge_build: AdapterDigest | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -81,7 +84,9 @@ class SequenceResult:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Results of a plan's sequences, in its order."""
+    """Results of a plan's sequences, in its order. `lora_s` are the seconds that adding low-rank updates took, None if
+    they were not measured or the step did not run as planned."""
 
     step: int
     sequences: tuple[SequenceResult, ...] = field(default=())
+    lora_s: float | None = None

@@ -20,6 +20,7 @@ from rekindle.engine.scheduler.deadlines import FirstTokenEstimate, late_sequenc
 from rekindle.engine.scheduler.draft import StepDraft
 from rekindle.engine.scheduler.fairness import OUTPUT_TOKEN_COST, FlowCounters
 from rekindle.engine.scheduler.memory import PageMemory
+from rekindle.engine.scheduler.merging import MergePolicy, mix_of
 from rekindle.engine.scheduler.plan import PlannedSequence, SequenceResult, StepPlan, StepResult
 from rekindle.engine.scheduler.sequence import Sequence, SequenceState, adapters_of, rank_of
 from rekindle.engine.scheduler.step_times import StepTimes
@@ -37,8 +38,9 @@ __all__ = ["Scheduler", "SchedulerConfig"]
 class Scheduler:
     """Continuous batching over one pool of pages; see the module for the protocol of its use."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, merging: MergePolicy | None = None) -> None:
         self._config = config
+        self._merging = merging
         self._memory = PageMemory(config)
         self._adapters = self._memory.adapters
         self._unfinished: dict[RequestId, Sequence] = {}
@@ -182,6 +184,8 @@ class Scheduler:
         self._plan_running(draft)
         if self._may_admit and not draft.is_short_of_pages:
             self._admit(draft, now_s)
+        if self._merging is not None and draft.planned:
+            draft.merge = self._merging.choose(mix_of(draft.planned), now_s)
         plan = draft.build(self._step, self._adapters.take_evicted())
         if plan.sequences:
             self._in_flight.append((plan, draft.timelines))
@@ -198,6 +202,8 @@ class Scheduler:
         if not plan.sequences:
             return ()
         timelines = self._take_in_flight(plan, result)
+        if self._merging is not None and result.lora_s is not None:
+            self._merging.note_step(mix_of(plan.sequences), plan.merged, result.lora_s)
         chunks = []
         for (sequence, timeline), planned, outcome in zip(timelines, plan.sequences, result.sequences, strict=True):
             sequence.num_in_flight -= 1
@@ -231,6 +237,8 @@ class Scheduler:
             preemptions_total=self._num_preemptions,
             adapter_loads_total=self._adapters.num_loads,
             steps_total=self._num_steps,
+            merged_adapter=None if self._merging is None else self._merging.merged,
+            steps_merged_total=0 if self._merging is None else self._merging.num_merged_steps,
         )
 
     def check_integrity(self) -> None:
