@@ -20,6 +20,9 @@ from rekindle.store.safetensors_file import TensorEntry, tensor_index
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+_CPU = torch.device("cpu")
+
+
 class WeightSource(Protocol):
     """Where a model's tensors come from, by their Hugging Face names, in the compute dtype and on `device`."""
 
@@ -51,7 +54,7 @@ class Weights:
     """
 
     def __init__(
-        self, path: Path, dtype: torch.dtype, expected: Mapping[str, tuple[int, ...]], device: torch.device
+        self, path: Path, dtype: torch.dtype, expected: Mapping[str, tuple[int, ...]], device: torch.device = _CPU
     ) -> None:
         self._entries = check_tensors(path, expected)
         self.device, self.dtype = device, dtype
