@@ -21,8 +21,8 @@ NUM_LAYERS = 2
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of one adapter. Without ranks they are the base's, else there is one rank per projection of the group, where 0
-    leaves that projection alone."""
+    """Rows of one adapter. Without ranks they are the base's, else there is one rank per projection of the group, where
+    0 leaves that projection alone."""
 
     rows: int
     ranks: tuple[int, ...] | None

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.adapter_pages import Segment, paged_lora
 
 from rekindle.engine.kernels.gpu.lora import GroupedLora
 from rekindle.engine.kernels.gpu.lora_plan import make_plan
 from rekindle.engine.kernels.interface import AdapterMatrices, LoraBatch, LoraGroup, make_lora_batch
 from rekindle.engine.kernels.reference import ReferenceKernels
 from rekindle.errors import InternalError
+from support.adapter_pages import Segment, paged_lora
 
 DTYPES = [torch.float32, torch.bfloat16]
 REFERENCE = ReferenceKernels()
@@ -46,7 +46,7 @@ def expected(x_TK: torch.Tensor, y_TN: torch.Tensor, batch: LoraBatch, group: Lo
 
 
 def close(found_TN: torch.Tensor, exact_TN: torch.Tensor, in_features: int) -> None:
-    """Sums of K and of rank products in float32, then one rounding to the compute dtype (half a unit in the last place).
+    """Sums of K and rank products in float32, then one rounding to the compute dtype (half a unit in the last place).
 
     Rounding errors of a sum of K terms of like size grow as sqrt(K); updates are of the size of 1."""
     eps = torch.finfo(torch.float32).eps
@@ -107,10 +107,9 @@ def test_sizes_that_are_no_multiples_of_a_run_equal_the_specification(dtype: tor
     check(segments[:2], (100, (64,)), dtype, device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_prefill_rows_and_decode_rows_share_a_launch(dtype: torch.dtype, device: torch.device) -> None:
+def test_prefill_rows_and_decode_rows_share_a_launch(device: torch.device) -> None:
     segments = [Segment(1, (8, 0, 8)), Segment(150, (33, 8, 8)), Segment(1, (64, 1, 8)), Segment(67, None)]
-    check(segments, GQA, dtype, device)
+    check(segments, GQA, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("lora", [GroupedLora(), GroupedLora(deterministic=True)], ids=["free", "deterministic"])
@@ -165,12 +164,12 @@ def run_alone(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_deterministic_row_does_not_depend_on_its_batch(dtype: torch.dtype, device: torch.device) -> None:
     sizes = (1088, (64, 64))
-    segments = [Segment(1, (8, 3)), Segment(21, (20, 40)), Segment(2, None), Segment(3, (8, 0))]
+    segments = [Segment(1, (8, 3)), Segment(18, (20, 9)), Segment(2, None), Segment(3, (8, 0))]
     batch, group = paged_lora(segments, *sizes, dtype=dtype, device=device)
     x_TK, y_TN = inputs(batch, sizes, dtype)
     together_TN = y_TN.clone()
     GroupedLora(deterministic=True).lora(x_TK, together_TN, batch, LAYER, group)
-    for row, max_rank in ((0, None), (1, 200), (16, None), (26, 200)):
+    for row, max_rank in ((0, None), (1, 64), (18, None), (23, 64)):
         lora = GroupedLora(max_rank, deterministic=True)
         assert torch.equal(run_alone(lora, x_TK, y_TN, batch, group, row), together_TN[row])
 
@@ -280,7 +279,7 @@ def test_plans_cover_every_tile_and_every_input_feature(rows: list[int], max_ran
     }  # fmt: skip
     for deterministic in (False, True):
         fixed = make_plan(segment_rows=None, deterministic=deterministic, **sizes)
-        fitted = make_plan(segment_rows=rows, deterministic=deterministic, **sizes)
+        fitted = make_plan(segment_rows=tuple(rows), deterministic=deterministic, **sizes)
         if fixed is None or fitted is None:
             assert sum(rows) == 0
             continue
@@ -292,5 +291,5 @@ def test_plans_cover_every_tile_and_every_input_feature(rows: list[int], max_ran
             assert plan.chunk % plan.vector_step == 0
         assert fitted.num_tiles <= fixed.num_tiles or fitted.tile_rows != fixed.tile_rows
         if deterministic:
-            cuts = ("tile_rows", "vector_rows", "chunk", "splits", "dot_ranks", "columns")
+            cuts = ("tile_rows", "vector_rows", "chunk", "splits", "dot_ranks", "expand_dot_ranks", "dot_columns")
             assert all(getattr(fixed, name) == getattr(fitted, name) for name in cuts)
