@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rekindle.engine.kernels.gpu.lora import GroupedLora
-from rekindle.engine.kernels.gpu.lora_plan import make_plan
+from rekindle.engine.kernels.gpu.lora_plan import LoraPlan, make_plan
 from rekindle.engine.kernels.interface import AdapterMatrices, LoraBatch, LoraGroup, make_lora_batch
 from rekindle.engine.kernels.reference import ReferenceKernels
 from rekindle.errors import InternalError
@@ -267,29 +267,48 @@ def test_any_segmentation_equals_the_specification(
     check(segments, (in_features, sizes), dtype, device, GroupedLora(max_rank))
 
 
-@given(
-    rows=st.lists(st.integers(0, 300), min_size=1, max_size=12),
-    max_rank=st.integers(1, 300),
-    in_features=st.integers(1, 20000),
-)
-def test_plans_cover_every_tile_and_every_input_feature(rows: list[int], max_rank: int, in_features: int) -> None:
-    sizes = {
-        "num_rows": sum(rows), "num_segments": len(rows), "max_rank": max_rank, "in_features": in_features,
-        "out_sizes": (64, 64), "dtype": torch.bfloat16, "num_sms": 132,
-    }  # fmt: skip
-    for deterministic in (False, True):
-        fixed = make_plan(segment_rows=None, deterministic=deterministic, **sizes)
-        fitted = make_plan(segment_rows=tuple(rows), deterministic=deterministic, **sizes)
-        if fixed is None or fitted is None:
-            assert sum(rows) == 0
-            continue
-        for plan in (fixed, fitted):
-            further = sum(max(-(-count // plan.tile_rows) - 1, 0) for count in rows)
-            assert plan.num_tiles >= len(rows) + further
-            assert plan.max_rank >= max_rank and plan.max_rank % 16 == 0
-            assert plan.chunk * (plan.splits - 1) < in_features <= plan.chunk * plan.splits
-            assert plan.chunk % plan.vector_step == 0
-        assert fitted.num_tiles <= fixed.num_tiles or fitted.tile_rows != fixed.tile_rows
-        if deterministic:
-            cuts = ("tile_rows", "vector_rows", "chunk", "splits", "dot_ranks", "expand_dot_ranks", "dot_columns")
-            assert all(getattr(fixed, name) == getattr(fitted, name) for name in cuts)
+def plan_of(
+    rows: list[int], max_rank: int, in_features: int, fitted: bool, deterministic: bool = False
+) -> LoraPlan | None:
+    return make_plan(
+        num_rows=sum(rows),
+        num_segments=len(rows),
+        segment_rows=tuple(rows) if fitted else None,
+        max_rank=max_rank,
+        in_features=in_features,
+        out_sizes=(64, 64),
+        dtype=torch.bfloat16,
+        num_sms=132,
+        deterministic=deterministic,
+    )
+
+
+BATCHES = st.lists(st.integers(0, 300), min_size=1, max_size=80).filter(any)
+
+
+@given(rows=BATCHES, max_rank=st.integers(1, 300), in_features=st.integers(1, 20000), deterministic=st.booleans())
+def test_plans_cover_every_tile_and_every_input_feature(
+    rows: list[int], max_rank: int, in_features: int, deterministic: bool
+) -> None:
+    for fitted in (False, True):
+        plan = plan_of(rows, max_rank, in_features, fitted, deterministic)
+        assert plan is not None
+        assert plan.num_tiles >= len(rows) + sum(max(-(-count // plan.tile_rows) - 1, 0) for count in rows)
+        assert plan.max_rank >= max_rank and plan.max_rank % 16 == 0
+        assert plan.chunk * (plan.splits - 1) < in_features <= plan.chunk * plan.splits
+        assert plan.chunk % plan.vector_step == 0
+
+
+@given(rows=BATCHES, max_rank=st.integers(1, 300), in_features=st.integers(1, 20000), fitted=st.booleans())
+def test_deterministic_plans_cut_sums_alike_for_every_batch(
+    rows: list[int], max_rank: int, in_features: int, fitted: bool
+) -> None:
+    alone, together = plan_of([1], 1, in_features, True, True), plan_of(rows, max_rank, in_features, fitted, True)
+    for name in ("tile_rows", "vector_rows", "chunk", "splits", "dot_ranks", "expand_dot_ranks", "dot_columns"):
+        assert getattr(alone, name) == getattr(together, name)
+
+
+def test_plans_of_nothing_are_none() -> None:
+    assert plan_of([0, 0], 8, 64, fitted=True) is None
+    assert plan_of([3], 0, 64, fitted=True) is None
+    assert plan_of([0], 8, 64, fitted=False) is None
