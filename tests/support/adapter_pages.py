@@ -2,10 +2,11 @@
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from rekindle.engine.kernels.gpu.lora import GroupedLora
 from rekindle.engine.kernels.interface import (
     LORA_FIELDS,
     PROJECTIONS,
@@ -21,11 +22,24 @@ NUM_LAYERS = 2
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of one adapter. Without ranks they are the base's, else there is one rank per projection of the group, where 0
-    leaves that projection alone."""
+    """Rows of one adapter. Without ranks they are the base's, else there is one rank per projection of the group, where
+    0 leaves that projection alone."""
 
     rows: int
     ranks: tuple[int, ...] | None
+
+
+class BoundLora(GroupedLora):
+    """The kernels as a graph captures them, for adapters up to `max_rank`; or as they are, without it."""
+
+    def __init__(self, max_rank: int | None = None, *, deterministic: bool = False) -> None:
+        super().__init__(deterministic=deterministic)
+        self._max_rank = max_rank
+
+    def lora(self, x_TK: torch.Tensor, y_TN: torch.Tensor, batch: LoraBatch, layer: int, group: LoraGroup) -> None:
+        if self._max_rank is not None:
+            batch = replace(batch, adapters=(), max_rank=self._max_rank)
+        super().lora(x_TK, y_TN, batch, layer, group)
 
 
 def paged_lora(
@@ -67,7 +81,9 @@ def paged_lora(
         starts.append(starts[-1] + segment.rows)
     remaining = iter(lists)
     adapters = [
-        None if table is None else AdapterMatrices(table.to(device), pages_M=next(remaining).to(device))
+        None
+        if table is None
+        else AdapterMatrices(table.to(device), int(table[..., 2].max()), pages_M=next(remaining).to(device))
         for table in tables
     ]
     padded_PX = pool_PX.as_strided((len(order), pool_PX.stride(0)), pool_PX.stride()).to(device, dtype)

@@ -1,23 +1,25 @@
 """Low-rank updates of many adapters at once: one launch computes h = x A^T, a second one y += scale * h B.
 
-A program serves one *row tile* (some rows of one segment), one part of the work on it, and reads the adapter's matrices
-from its pages. The first G tiles are the first ones of the G segments, so a decode row finds its adapter with one load;
-further tiles of long segments follow and are found by a search over `row_start_G1`. What a program must load before its
-first weights is thus row_start, table and page list (at once), then the entry, then the page: three waits, hidden by the
-other programs of its multiprocessor.
+A program serves one *row tile* (some rows of one segment), one part of the work on it, and reads the adapter's
+matrices from its pages. The first G tiles are the first ones of the G segments, so a decode row finds its adapter with
+one load; further tiles of long segments follow and are found by a search over `row_start_G1`. What a program must load
+before its first weights is thus row_start, table and page list (at once), then the entry, then the page: three waits,
+hidden by the other programs of its multiprocessor.
 
-Tiles of few rows are memory-bound and run on ordinary arithmetic, with every weight read once and held in registers for
-all rows; tiles of more rows run on tensor cores. The first launch is cut along K as well when it would not fill the GPU:
-h is [splits, T, slices * max_rank] in float32, and the second launch sums the splits in order. Nothing is accumulated
-with atomics, so equal calls give equal bits.
+Tiles of few rows are memory-bound and run on ordinary arithmetic, with every weight read once and held in registers
+for all rows; tiles of more rows run on tensor cores. The first launch is cut along K as well when it would not fill
+the GPU: h is [splits, T, slices * max_rank] in float32, and the second launch sums the splits in an order fixed by the
+plan. Nothing is accumulated with atomics, so equal calls give equal bits.
 
-Shape suffixes as in `kernels.interface`, and: U runs of 64 elements, R ranks, C the elements of a run or step, V rows of
-a vector tile. Tensors in pages are read by runs: matrices, their rows and pages all start at multiples of 64 elements
-where K and N are multiples of 64, so that a run lies in one page; other sizes are looked up element by element.
+Shape suffixes as in `kernels.interface`, and: U runs of 64 elements, R ranks, C the elements of a run or step, V rows
+of a vector tile, T rows of a tensor-core tile, W splits. Matrices are read by runs: they, their rows and pages all
+start at multiples of 64 elements where K and N are multiples of 64, so that a run lies in one page. Matrices of other
+sizes are looked up element by element.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -37,53 +39,46 @@ _SEARCHED = tl.constexpr(128)
 class GroupedLora:
     """`Kernels.lora` for a GPU.
 
-    Without `max_rank` each call is cut to fit the batch, which needs its host lists and, once per adapter, a copy of its
-    table to the host. With it, launches depend on tensor sizes and `max_rank` alone, all else being read on the device:
-    such calls may be captured into a CUDA graph, and replayed after the tensors of the batch were rewritten in place
-    (segments beyond the last one empty, with table 0). Rows of an adapter of higher rank than `max_rank` become NaN.
+    A call is cut to fit the batch, by its lists on the host. With a batch of capacities alone, launches depend on
+    tensor sizes and `max_rank`, all else being read on the device: such calls may be captured into a CUDA graph, and
+    replayed after the tensors of the batch were rewritten in place (segments beyond the last one empty, with table 0).
+    Rows of an adapter of higher rank than `max_rank` become NaN, never plausible.
 
     With `deterministic`, a row's bits depend on its own input and adapter alone, whatever the batch; otherwise also on
     the sizes that chose the plan and on how many rows share its tile.
     """
 
-    def __init__(self, max_rank: int | None = None, deterministic: bool = False) -> None:
-        self._max_rank, self._deterministic = max_rank, deterministic
-        self._ranks = torch.utils.weak.WeakTensorKeyDictionary()
+    def __init__(self, *, deterministic: bool = False) -> None:
+        self._deterministic = deterministic
 
     def lora(self, x_TK: torch.Tensor, y_TN: torch.Tensor, batch: LoraBatch, layer: int, group: LoraGroup) -> None:
         """See `Kernels.lora`."""
         if batch.pool_PX is None:
             raise InternalError("adapters of a GPU lie in pages, but the batch has no page pool")
-        plan = self._plan(x_TK, batch, group)
-        if plan is not None:
-            launch(plan, x_TK, y_TN, batch, layer, group)
-
-    def _plan(self, x_TK: torch.Tensor, batch: LoraBatch, group: LoraGroup) -> LoraPlan | None:
-        max_rank, rows = self._max_rank, None
-        if max_rank is None:
-            rows = [
-                0 if adapter is None else batch.row_start[g + 1] - batch.row_start[g]
-                for g, adapter in enumerate(batch.adapters)
-            ]
-            max_rank = max((self._rank(it.table_LPF) for it in batch.adapters if it is not None), default=0)
         num_rows, in_features = x_TK.shape
-        return make_plan(
+        plan = make_plan(
             num_rows=num_rows,
             num_segments=len(batch.tables_G),
-            segment_rows=rows,
-            max_rank=max_rank,
+            segment_rows=_segment_rows(batch),
+            max_rank=batch.max_rank,
             in_features=in_features,
             out_sizes=group.out_sizes,
             dtype=x_TK.dtype,
             num_sms=_num_sms(x_TK.device),
             deterministic=self._deterministic,
         )
+        if plan is not None:
+            launch(plan, x_TK, y_TN, batch, layer, group)
 
-    def _rank(self, table_LPF: torch.Tensor) -> int:
-        rank = self._ranks.get(table_LPF)
-        if rank is None:
-            rank = self._ranks[table_LPF] = int(table_LPF[..., 2].max())
-        return int(rank)
+
+def _segment_rows(batch: LoraBatch) -> tuple[int, ...] | None:
+    """The rows of each segment, 0 for the base; None if the batch describes capacities alone."""
+    if not batch.adapters:
+        return None
+    return tuple(
+        0 if adapter is None else batch.row_start[g + 1] - batch.row_start[g]
+        for g, adapter in enumerate(batch.adapters)
+    )
 
 
 def launch(
@@ -93,6 +88,8 @@ def launch(
     pool_PX = batch.pool_PX
     if pool_PX is None or not x_TK.dtype == y_TN.dtype == pool_PX.dtype:
         raise InternalError(f"{x_TK.dtype} rows, {y_TN.dtype} outputs and the pool must be of one dtype")
+    if x_TK.stride(1) != 1 or y_TN.stride(1) != 1:
+        raise InternalError(f"rows must be contiguous, not {x_TK.stride(1)} and {y_TN.stride(1)} elements apart")
     if pool_PX.shape[1] % RUN:
         raise InternalError(f"pages of {pool_PX.shape[1]} elements are not a multiple of {RUN}")
     num_rows, in_features = x_TK.shape
@@ -106,7 +103,6 @@ def launch(
         "PAGE": pool_PX.shape[1],
         "TILE_ROWS": plan.tile_rows,
         "VECTOR_ROWS": plan.vector_rows,
-        "DOT_RANKS": plan.dot_ranks,
         "num_warps": plan.num_warps,
     }
     _shrink_kernel[plan.rank_programs * plan.splits, slices, plan.num_tiles](
@@ -121,6 +117,7 @@ def launch(
         ALIGNED=in_features % RUN == 0,
         VECTOR_RANKS=plan.vector_ranks,
         STEP=plan.vector_step,
+        DOT_RANKS=plan.dot_ranks,
         STAGES=plan.stages,
         **common,
     )
@@ -133,15 +130,21 @@ def launch(
         SIZES=group.out_sizes,
         OFFSETS=group.out_offsets,
         SPLITS=plan.splits,
+        SPLIT_CAPACITY=triton.next_power_of_2(plan.splits),
         COLUMNS=plan.columns,
+        DOT_RANKS=plan.expand_dot_ranks,
+        DOT_COLUMNS=plan.dot_columns,
         ALIGNED=all(size % RUN == 0 for size in group.out_sizes),
         VECTOR_RANKS=plan.expand_ranks,
         **common,
     )
 
 
-def _num_sms(device: torch.device) -> int | None:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132  # an H100's, for the interpreter and for compiling without a GPU
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
@@ -207,7 +210,7 @@ def _load_runs(
         page_U = tl.load(pages_ptr + run_U // (PAGE // RUN), mask=live_U, other=0).to(tl.int64)
         start_U = page_U * page_stride + (run_U % (PAGE // RUN)) * RUN
         return tl.load(pool_ptr + start_U[:, None] + lane_C[None, :], mask=live_U[:, None], other=0.0)
-    else:
+    else:  # noqa: RET505 - a constexpr branch, of which only one side is compiled
         column_UC = column_U[:, None] + lane_C[None, :]
         live_UC = (row_U < rows)[:, None] & (column_UC < size)
         at_UC = offset + row_U.to(tl.int64)[:, None] * size + column_UC
@@ -243,8 +246,8 @@ def _shrink_kernel(
     DOT_RANKS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """h[split, rows, slice] = x[rows, part of K] A[:, part of K]^T. A program takes every `rank_programs`-th block of its
-    adapter's own ranks."""
+    """h[split, rows, slice] = x[rows, part of K] A[:, part of K]^T. A program takes every `rank_programs`-th block of
+    its adapter's own ranks."""
     work, slot, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, rows, table, place = _row_tile(tile, row_start_ptr, tables_ptr, places_ptr, num_segments, TILE_ROWS)
     if (rows <= 0) | (table == 0):
@@ -299,7 +302,7 @@ def _shrink_vector(
     RANKS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Ranks `start` .. `start + RANKS` of a tile of at most ROWS rows. A step's weights are loaded once for all rows."""
+    """Ranks `start` .. `start + RANKS` of a tile of at most ROWS rows. Each weight is loaded once for all rows."""
     v_V, r_R, c_C = tl.arange(0, ROWS), start + tl.arange(0, RANKS), tl.arange(0, STEP)
     run_U = tl.arange(0, RANKS * STEP // RUN)
     row_U = start + run_U // (STEP // RUN)
@@ -383,7 +386,9 @@ def _expand_kernel(
     VECTOR_RANKS: tl.constexpr,
     DOT_RANKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    SPLIT_CAPACITY: tl.constexpr,
     COLUMNS: tl.constexpr,
+    DOT_COLUMNS: tl.constexpr,
 ):
     """y[rows, block of a slice's columns] += scale * h B."""
     work, tile = tl.program_id(0), tl.program_id(1)
@@ -409,7 +414,7 @@ def _expand_kernel(
     pages_ptr = _pointers(place, tl.int32)
 
     column = block * COLUMNS
-    y_ptr += first.to(tl.int64) * y_stride + out_offset + column
+    y_ptr += first.to(tl.int64) * y_stride + out_offset
     h_stride = len(SIZES) * max_rank
     h_ptr += first.to(tl.int64) * h_stride + slot * max_rank
     split_stride = num_rows.to(tl.int64) * h_stride
@@ -417,13 +422,15 @@ def _expand_kernel(
         if VECTOR_ROWS > 0:
             _expand_vector(
                 y_ptr, y_stride, h_ptr, h_stride, split_stride, pool_ptr, page_stride, pages_ptr, offset,
-                rows, rank, scale, column, size, RUN, PAGE, ALIGNED, VECTOR_ROWS, VECTOR_RANKS, SPLITS, COLUMNS,
+                rows, rank, scale, column, size, RUN, PAGE, ALIGNED, VECTOR_ROWS, VECTOR_RANKS,
+                SPLITS, SPLIT_CAPACITY, COLUMNS,
             )  # fmt: skip
     else:
-        _expand_dot(
-            y_ptr, y_stride, h_ptr, h_stride, split_stride, pool_ptr, page_stride, pages_ptr, offset,
-            rows, rank, scale, column, size, RUN, PAGE, ALIGNED, TILE_ROWS, DOT_RANKS, SPLITS, COLUMNS,
-        )  # fmt: skip
+        for part in tl.range(column, tl.minimum(column + COLUMNS, size), DOT_COLUMNS):
+            _expand_dot(
+                y_ptr, y_stride, h_ptr, h_stride, split_stride, pool_ptr, page_stride, pages_ptr, offset,
+                rows, rank, scale, part, size, RUN, PAGE, ALIGNED, TILE_ROWS, DOT_RANKS, SPLITS, DOT_COLUMNS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -448,29 +455,31 @@ def _expand_vector(
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
     SPLITS: tl.constexpr,
+    SPLIT_CAPACITY: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """A tile of at most ROWS rows. Each weight is loaded once for all rows."""
     v_V, r_R, n_N = tl.arange(0, ROWS), tl.arange(0, RANKS), tl.arange(0, COLUMNS)
     run_U = tl.arange(0, RANKS * COLUMNS // RUN)
     column_U = column + run_U % (COLUMNS // RUN) * RUN
-    target = y_ptr + v_V[:, None] * y_stride + n_N[None, :]
+    target = y_ptr + v_V[:, None] * y_stride + (column + n_N)[None, :]
     live_VN = (v_V < rows)[:, None] & (column + n_N < size)[None, :]
-    y_VN = tl.load(target, mask=live_VN, other=0.0).to(tl.float32)
+    y_VN = tl.load(target, mask=live_VN, other=0.0)
     sums_VN = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in tl.range(0, rank, RANKS):
-        live_R = start + r_R < _padded(rank)
+    split_W = tl.arange(0, SPLIT_CAPACITY)
+    part_ptr = h_ptr + split_W[:, None] * split_stride + r_R[None, :]
+    for start in tl.range(0, rank, RANKS, num_stages=1):
         row_U = start + run_U // (COLUMNS // RUN)
         b_UC = _load_runs(pool_ptr, page_stride, pages_ptr, offset, row_U, column_U, size, rank, RUN, PAGE, ALIGNED)
-        h_R = _sum_splits(h_ptr + start + r_R, split_stride, live_R, SPLITS)
+        live_WR = (split_W < SPLITS)[:, None] & (start + r_R < _padded(rank))[None, :]
+        h_WR = tl.load(part_ptr + start, mask=live_WR, other=0.0)
         b_RN = tl.reshape(b_UC, (RANKS, COLUMNS)).to(tl.float32)
         for row in tl.range(rows):
-            following = h_ptr + (row + 1) * h_stride + start + r_R
-            next_R = _sum_splits(following, split_stride, live_R & (row + 1 < rows), SPLITS)
-            sum_N = tl.sum(b_RN * h_R[:, None], axis=0)
+            next_WR = tl.load(part_ptr + (row + 1) * h_stride + start, mask=live_WR & (row + 1 < rows), other=0.0)
+            sum_N = tl.sum(b_RN * tl.sum(h_WR, axis=0)[:, None], axis=0)
             sums_VN += tl.where(v_V[:, None] == row, sum_N[None, :], 0.0)
-            h_R = next_R
-    tl.store(target, (y_VN + scale * sums_VN).to(y_ptr.dtype.element_ty), mask=live_VN)
+            h_WR = next_WR
+    tl.store(target, (y_VN.to(tl.float32) + scale * sums_VN).to(y_ptr.dtype.element_ty), mask=live_VN)
 
 
 @triton.jit
@@ -502,14 +511,14 @@ def _expand_dot(
     run_U = tl.arange(0, RANKS * COLUMNS // RUN)
     column_U = column + run_U % (COLUMNS // RUN) * RUN
     sums_TN = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for start in tl.range(0, rank, RANKS):
+    for start in tl.range(0, rank, RANKS, num_stages=1):
         live_TR = (t_T < rows)[:, None] & (start + r_R < _padded(rank))[None, :]
         pointers = h_ptr + t_T[:, None] * h_stride + (start + r_R)[None, :]
         h_TR = _sum_splits(pointers, split_stride, live_TR, SPLITS)
         row_U = start + run_U // (COLUMNS // RUN)
         b_UC = _load_runs(pool_ptr, page_stride, pages_ptr, offset, row_U, column_U, size, rank, RUN, PAGE, ALIGNED)
         sums_TN = _dot_float32(h_TR, tl.reshape(b_UC, (RANKS, COLUMNS)), sums_TN)
-    target = y_ptr + t_T[:, None] * y_stride + n_N[None, :]
+    target = y_ptr + t_T[:, None] * y_stride + (column + n_N)[None, :]
     live_TN = (t_T < rows)[:, None] & (column + n_N < size)[None, :]
     y_TN = tl.load(target, mask=live_TN, other=0.0).to(tl.float32)
     tl.store(target, (y_TN + scale * sums_TN).to(y_ptr.dtype.element_ty), mask=live_TN)
@@ -527,8 +536,9 @@ def _sum_splits(pointers, split_stride, live, SPLITS: tl.constexpr):
 
 @triton.jit
 def _dot_float32(h_TR, b_RN, sums_TN):
-    """sums + h b for float32 h, to float32's accuracy: three bfloat16 numbers hold the 24 bits of one float32, and their
-    products with bfloat16 b are exact. One rounding of h would cost 16 bits; tf32x3 as many products at half the rate."""
+    """sums + h b for float32 h, to float32's accuracy: three bfloat16 numbers hold the 24 bits of one float32, and
+    their products with bfloat16 b are exact. Rounding h would cost 16 bits; tf32x3 is as many products at half the
+    rate."""
     if b_RN.dtype == tl.bfloat16:
         high_TR = h_TR.to(tl.bfloat16)
         rest_TR = h_TR - high_TR.to(tl.float32)
@@ -537,5 +547,5 @@ def _dot_float32(h_TR, b_RN, sums_TN):
         sums_TN = tl.dot(low_TR, b_RN, sums_TN)
         sums_TN = tl.dot(middle_TR, b_RN, sums_TN)
         return tl.dot(high_TR, b_RN, sums_TN)
-    else:
+    else:  # noqa: RET505 - a constexpr branch, of which only one side is compiled
         return tl.dot(h_TR, b_RN, sums_TN, input_precision="ieee")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,12 @@ import torch
 RUN = 64
 """Elements that never straddle a page, if a matrix's rows are multiples of them."""
 
-_DEFAULT_SMS = 132
 _VECTOR_PROGRAMS_PER_SM = 8
-"""Memory-bound programs hold 16 KiB of loads each; eight of them keep an H100's memory busy over their waits."""
+"""Memory-bound programs have 16 KiB of loads in flight; a multiprocessor holds four at a time."""
 
 _DOT_PROGRAMS_PER_SM = 2
 _MAX_SPLITS = 8
+_VECTOR_RANKS = 8
 _MAX_STEP = 1024
 _LONG_SEGMENT = 64
 """Rows from which on a segment is worth large tiles."""
@@ -25,9 +25,10 @@ _LONG_SEGMENT = 64
 class LoraPlan:
     """Sizes of the two launches.
 
-    `rank_programs` programs share a tile's ranks, for each of `splits` parts of K of `chunk` features. `vector_*` and
-    `expand_ranks` shape tiles of up to `vector_rows` rows, `dot_ranks` the others; `columns` is an expand program's part
-    of a slice, `stages` the depth of the software pipeline over K.
+    `rank_programs` programs share a tile's ranks, for each of `splits` parts of K of `chunk` features, and each program
+    of the second launch does `columns` columns of a slice. Tiles of up to `vector_rows` rows load blocks of
+    [`vector_ranks`, `vector_step`] weights of A and [`expand_ranks`, `columns`] of B; the others [`dot_ranks`, 64]
+    through `stages` stages, and [`expand_dot_ranks`, `dot_columns`].
     """
 
     num_tiles: int
@@ -37,25 +38,28 @@ class LoraPlan:
     rank_programs: int
     chunk: int
     splits: int
+    columns: int
     vector_ranks: int
     vector_step: int
     expand_ranks: int
     dot_ranks: int
-    columns: int
+    expand_dot_ranks: int
+    dot_columns: int
     stages: int
     num_warps: int = 4
 
 
+@functools.lru_cache(maxsize=4096)
 def make_plan(
     *,
     num_rows: int,
     num_segments: int,
-    segment_rows: Sequence[int] | None,
+    segment_rows: tuple[int, ...] | None,
     max_rank: int,
     in_features: int,
     out_sizes: tuple[int, ...],
     dtype: torch.dtype,
-    num_sms: int | None,
+    num_sms: int,
     deterministic: bool,
 ) -> LoraPlan | None:
     """The plan for these sizes, None if there is nothing to do.
@@ -64,10 +68,8 @@ def make_plan(
     division of `num_rows` rows into `num_segments` segments. A deterministic plan cuts no sum differently for any rows,
     segments or ranks.
     """
-    if num_rows == 0 or num_segments == 0 or max_rank == 0:
-        return None
-    longest = 0 if segment_rows is None else max(segment_rows)
-    if segment_rows is not None and longest == 0:
+    longest = max(segment_rows or (0,))
+    if num_rows == 0 or num_segments == 0 or max_rank == 0 or (segment_rows is not None and longest == 0):
         return None
     is_half = dtype == torch.bfloat16
     is_aligned = in_features % RUN == 0 and all(size % RUN == 0 for size in out_sizes)
@@ -79,20 +81,21 @@ def make_plan(
     num_tiles = num_segments + further
 
     max_rank = _ceil(max_rank, 16) * 16
-    vector_ranks = 8
     dot_ranks = (32 if tile_rows == 16 or max_rank <= 32 else 64) if is_half else 16
     step = min(_MAX_STEP if is_aligned else _MAX_STEP // 4, max(RUN, _power_of_two(in_features)))
-    sms = num_sms or _DEFAULT_SMS
-    rank_blocks = _ceil(max_rank, vector_ranks)
-    tiles = num_tiles * len(out_sizes)
-    wanted = sms * _VECTOR_PROGRAMS_PER_SM
-    rank_programs = min(rank_blocks, max(4, wanted // tiles))
+    programs, wanted = num_tiles * len(out_sizes), num_sms * _VECTOR_PROGRAMS_PER_SM
+    rank_programs = min(_ceil(max_rank, _VECTOR_RANKS), max(4, wanted // programs))
     if tile_rows > 16:
-        wanted, tiles = sms * _DOT_PROGRAMS_PER_SM, tiles * _ceil(max_rank, dot_ranks)
+        programs, wanted = programs * _ceil(max_rank, dot_ranks), num_sms * _DOT_PROGRAMS_PER_SM
     else:
-        tiles *= rank_programs
-    splits = _MAX_SPLITS if deterministic else min(_MAX_SPLITS, _power_of_two_below(wanted // tiles))
+        programs *= rank_programs
+    splits = _MAX_SPLITS if deterministic else min(_MAX_SPLITS, _power_of_two_below(wanted // programs))
     chunk = _ceil(_ceil(in_features, splits), step) * step
+
+    dot_columns = 128 if is_half and is_aligned else 64
+    columns = dot_columns
+    if is_half and is_aligned and tile_rows == 16 and not deterministic:
+        columns = 512 if num_tiles * sum(out_sizes) >= 512 * wanted else 256
     return LoraPlan(
         num_tiles=num_tiles,
         tile_rows=tile_rows,
@@ -101,12 +104,14 @@ def make_plan(
         rank_programs=rank_programs,
         chunk=chunk,
         splits=_ceil(in_features, chunk),
-        vector_ranks=vector_ranks,
+        columns=columns,
+        vector_ranks=_VECTOR_RANKS,
         vector_step=step,
-        expand_ranks=16,
+        expand_ranks=16 if columns == 512 else 32,
         dot_ranks=dot_ranks,
-        columns=(128 if tile_rows > 16 or deterministic else 256) if is_half and is_aligned else 64,
-        stages=5,
+        expand_dot_ranks=min(dot_ranks, 32),
+        dot_columns=dot_columns,
+        stages=5 if is_aligned else 1,
     )
 
 
