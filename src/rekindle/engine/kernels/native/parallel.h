@@ -21,6 +21,22 @@ class Units {
     for (int64_t unit; (unit = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) body(unit);
   }
 
+  // As `work`, but a thread takes each unit before it does the one before it: announce(unit) comes that much earlier
+  // than body(unit).
+  template <class Announce, class Body>
+  void work_ahead(const Announce& announce, const Body& body) {
+    const auto take = [&] {
+      const int64_t unit = next_.fetch_add(1, std::memory_order_relaxed);
+      if (unit < count_) announce(unit);
+      return unit;
+    };
+    for (int64_t unit = take(); unit < count_;) {
+      const int64_t next = take();
+      body(unit);
+      unit = next;
+    }
+  }
+
  private:
   std::atomic<int64_t> next_{0};
   const int64_t count_;

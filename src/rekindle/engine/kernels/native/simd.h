@@ -96,6 +96,42 @@ inline float sum(vf v) {
 #endif
 }
 
+#if REKINDLE_AVX512
+inline __m128 fold_lanes(__m512 v) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// The two halves of a 4 x 2 transposition within each 128-bit lane, added.
+inline __m512 add_unpacked(__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); }
+inline __m512 add_unpacked_pairs(__m512 a, __m512 b) {
+  const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+  return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+}
+typedef __m512 vx;
+#elif defined(__AVX2__)
+inline __m128 fold_lanes(__m256 v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+inline __m256 add_unpacked(__m256 a, __m256 b) { return _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)); }
+inline __m256 add_unpacked_pairs(__m256 a, __m256 b) {
+  const __m256d c = _mm256_castps_pd(a), d = _mm256_castps_pd(b);
+  return _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(c, d)), _mm256_castpd_ps(_mm256_unpackhi_pd(c, d)));
+}
+typedef __m256 vx;
+#endif
+
+// to[i] = the sum of v[i], for N <= 4 vectors. The order of addition does not depend on N, but is not that of `sum`.
+template <int N>
+inline void store_sums(float* to, const vf (&v)[N]) {
+#if defined(__AVX2__)
+  static_assert(N == 1 || N == 2 || N == 4);
+  const vx ab = add_unpacked((vx)v[0], (vx)v[N > 1]), cd = N > 2 ? add_unpacked((vx)v[N - 2], (vx)v[N - 1]) : ab;
+  const __m128 sums = fold_lanes(add_unpacked_pairs(ab, cd));
+  std::memcpy(to, &sums, N * sizeof *to);
+#else
+  for (int i = 0; i < N; ++i) to[i] = sum(v[i]);
+#endif
+}
+
 inline float maximum(vf v) {
 #if REKINDLE_AVX512
   return _mm512_reduce_max_ps((__m512)v);
@@ -242,6 +278,62 @@ inline vf dot_pairs(vf acc, vu a, vu b) { return (vf)_mm512_dpbf16_ps((__m512)ac
 
 inline vf low_halves(vu pairs) { return (vf)(pairs << 16); }
 inline vf high_halves(vu pairs) { return (vf)(pairs & 0xffff0000u); }
+
+// 2 * LANES elements: those in even and in odd places for bf16, which is what widens fastest; two halves for float.
+struct Pair {
+  vf first, second;
+};
+
+inline Pair halves(vu words) { return {low_halves(words), high_halves(words)}; }
+
+inline Pair load_pair(const bf16* from) {
+  vu words;
+  std::memcpy(&words, from, sizeof words);
+  return halves(words);
+}
+
+inline Pair load_pair(const float* from) { return {load(from), load(from + LANES)}; }
+
+// The first `count` < 2 * LANES elements of a pair; the others are zero, and nothing beyond is read.
+inline Pair load_pair(const bf16* from, int count) {
+#if REKINDLE_AVX512
+  return halves((vu)_mm512_maskz_loadu_epi16((__mmask32)((1u << count) - 1), from));
+#else
+  vu words{};
+  std::memcpy(&words, from, count * sizeof *from);
+  return halves(words);
+#endif
+}
+
+inline Pair load_pair(const float* from, int count) {
+  if (count <= LANES) return {count < LANES ? load(from, count) : load(from), vf{}};
+  return {load(from), load(from + LANES, count - LANES)};
+}
+
+inline vu narrow(Pair pair) {
+  return __builtin_convertvector(narrow(pair.first), vu) | __builtin_convertvector(narrow(pair.second), vu) << 16;
+}
+
+inline void store_pair(bf16* to, Pair pair) {
+  const vu words = narrow(pair);
+  std::memcpy(to, &words, sizeof words);
+}
+
+inline void store_pair(float* to, Pair pair) {
+  store(to, pair.first);
+  store(to + LANES, pair.second);
+}
+
+inline void store_pair(bf16* to, Pair pair, int count) {
+  const vu words = narrow(pair);
+  std::memcpy(to, &words, count * sizeof *to);
+}
+
+inline void store_pair(float* to, Pair pair, int count) {
+  if (count < LANES) return store(to, pair.first, count);
+  store(to, pair.first);
+  if (count > LANES) store(to + LANES, pair.second, count - LANES);
+}
 
 inline void prefetch(const void* address) { __builtin_prefetch(address); }
 
