@@ -23,6 +23,7 @@ from rekindle.protocol.replica import (
     EngineReady,
     EngineSettings,
     EngineStats,
+    PoolBytes,
     RemoveAdapter,
     Shutdown,
 )
@@ -80,7 +81,7 @@ class ScriptedEngine:
         return chunks
 
     def stats(self) -> EngineStats:
-        return EngineStats(len(self.open), 0, *[0] * 5, (), *[0] * 7)
+        return EngineStats(len(self.open), 0, *[0] * 5, PoolBytes(*[0] * 9), (), *[0] * 13)
 
     def close(self) -> None:
         self.is_closed = True

@@ -68,7 +68,8 @@ def test_a_failed_load_ends_those_who_wait_with_the_message_and_may_be_tried_aga
 def test_the_end_of_a_load_nobody_began_is_a_reported_bug():
     scheduler = Scheduler(make_config())
     scheduler.add_adapter(make_manifest("x"))
-    for report in (scheduler.adapter_loaded, lambda digest: scheduler.adapter_failed(digest, "no")):
+    reports = (lambda it: scheduler.adapter_loaded(it, 1.0), lambda it: scheduler.adapter_failed(it, "no", 1.0))
+    for report in reports:
         for digest in ("x", "ghost"):
             with pytest.raises(InternalError, match=f"load of adapter {digest} was reported, but none is under way"):
                 report(AdapterDigest(digest))

@@ -71,6 +71,7 @@ class Engine:
                 num_pages=num_pages,
                 page_tokens=settings.page_tokens,
                 page_bytes=page_bytes,
+                token_bytes=arch.num_layers * 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize,
                 element_bytes=dtype.itemsize,
                 max_step_tokens=settings.max_step_tokens,
                 max_sequences=settings.max_sequences,
@@ -119,12 +120,12 @@ class Engine:
     def step(self) -> list[TokenChunk]:
         """Run one step if there is something to run; returns what sequences gained since the last call."""
         chunks, self._answers = self._answers, []
+        now_s = self._clock.monotonic_s()
         for outcome in self._adapters.finished():
             if outcome.error is None:
-                self._scheduler.adapter_loaded(outcome.digest)
+                self._scheduler.adapter_loaded(outcome.digest, now_s)
             else:
-                chunks += self._scheduler.adapter_failed(outcome.digest, outcome.error)
-        now_s = self._clock.monotonic_s()
+                chunks += self._scheduler.adapter_failed(outcome.digest, outcome.error, now_s)
         chunks += self._scheduler.refuse_late(now_s)
         plan = self._scheduler.schedule(now_s)
         for digest in plan.evicted:

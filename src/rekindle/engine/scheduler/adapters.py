@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from rekindle.engine.scheduler.config import SchedulerConfig
+from rekindle.engine.scheduler.load_times import LoadTimes
 from rekindle.engine.scheduler.plan import AdapterLoad
 from rekindle.engine.scheduler.pool import PagePool
 from rekindle.errors import AdapterRejected, InternalError, NotFound
@@ -30,6 +31,7 @@ class Residency(Enum):
 @dataclass(slots=True)
 class _Version:
     manifest: AdapterManifest
+    num_bytes: int
     num_pages: int
     residency: Residency = Residency.ABSENT
     pages: tuple[int, ...] = ()
@@ -49,7 +51,7 @@ class AdapterCache:
         self._evicted: list[AdapterDigest] = []
         self._num_pages_used = 0
         self._num_pages_idle = 0
-        self._num_loads = 0
+        self._loads = LoadTimes()
 
     @property
     def num_pages_used(self) -> int:
@@ -57,9 +59,8 @@ class AdapterCache:
         return self._num_pages_used
 
     @property
-    def num_loads(self) -> int:
-        """Loads begun so far."""
-        return self._num_loads
+    def loads(self) -> LoadTimes:
+        return self._loads
 
     @property
     def resident(self) -> tuple[AdapterDigest, ...]:
@@ -68,6 +69,19 @@ class AdapterCache:
     @property
     def pages_in_use(self) -> tuple[int, ...]:
         return tuple(page for version in self._versions.values() for page in version.pages)
+
+    def bytes_by_use(self) -> tuple[int, int, int]:
+        """Bytes of the versions that sequences run with, of those loading, and of the idle ones; without the tails of
+        their last pages."""
+        in_use = loading = idle = 0
+        for version in self._versions.values():
+            if version.residency is Residency.LOADING:
+                loading += version.num_bytes
+            elif version.num_pins:
+                in_use += version.num_bytes
+            elif version.residency is Residency.READY:
+                idle += version.num_bytes
+        return in_use, loading, idle
 
     def add(self, manifest: AdapterManifest) -> None:
         """Make a version known; adding it again, even after its removal, keeps what is known of it.
@@ -83,7 +97,7 @@ class AdapterCache:
             )
         num_bytes = manifest.num_elements * self._config.element_bytes
         version = self._versions.setdefault(
-            manifest.digest, _Version(manifest, num_pages=-(-num_bytes // self._config.page_bytes))
+            manifest.digest, _Version(manifest, num_bytes, -(-num_bytes // self._config.page_bytes))
         )
         version.is_removed = False
 
@@ -137,7 +151,7 @@ class AdapterCache:
             self._set_idle(version, now)
             self._forget_if_done(version)
 
-    def begin_load(self, digest: AdapterDigest, pages: tuple[int, ...]) -> AdapterLoad:
+    def begin_load(self, digest: AdapterDigest, pages: tuple[int, ...], now_s: float) -> AdapterLoad:
         """Hand `pages` to an absent version; they are its own until it is evicted or its load fails."""
         version = self._versions[digest]
         if version.residency is not Residency.ABSENT or len(pages) != version.num_pages:
@@ -148,19 +162,21 @@ class AdapterCache:
         version.residency = Residency.LOADING
         version.pages = pages
         self._num_pages_used += len(pages)
-        self._num_loads += 1
+        self._loads.begin(digest, version.num_bytes, now_s)
         return AdapterLoad(version.manifest, pages)
 
-    def end_load(self, digest: AdapterDigest, now: int) -> None:
+    def end_load(self, digest: AdapterDigest, now: int, now_s: float) -> None:
         """The version's bytes are in its pages."""
         version = self._loading(digest)
+        self._loads.end(digest, now_s, succeeded=True)
         version.residency = Residency.READY
         self._set_idle(version, now)
         self._forget_if_done(version)
 
-    def fail_load(self, digest: AdapterDigest) -> None:
+    def fail_load(self, digest: AdapterDigest, now_s: float) -> None:
         """The version's bytes will not come; it is absent again and its pages are free."""
         version = self._loading(digest)
+        self._loads.end(digest, now_s, succeeded=False)
         self._give_pages_back(version)
         self._forget_if_done(version)
 

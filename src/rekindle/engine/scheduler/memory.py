@@ -27,12 +27,14 @@ def adapter_goes_first(adapter_idle_since: int | None, prefix_idle_since: int | 
 
 
 class PageMemory:
-    """Allocation from the pool at the expense of idle prefix pages and idle adapters."""
+    """Allocation from the pool at the expense of idle prefix pages and idle adapters; counts what that evicted."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.pool = PagePool(config.num_pages)
         self.prefix = PrefixCache(self.pool)
         self.adapters = AdapterCache(config, self.pool)
+        self.num_adapters_evicted = 0
+        self.num_prefix_pages_evicted = 0
 
     def num_available(self, keep: Collection[AdapterDigest] = ()) -> int:
         """Pages that `allocate` could give without evicting an adapter in `keep`."""
@@ -81,5 +83,7 @@ class PageMemory:
         while self.pool.num_free < num_pages:
             if adapter_goes_first(self.adapters.idle_since(keep), self.prefix.oldest_idle_since):
                 self.adapters.evict_oldest(keep)
+                self.num_adapters_evicted += 1
             else:
                 self.prefix.evict_oldest()
+                self.num_prefix_pages_evicted += 1

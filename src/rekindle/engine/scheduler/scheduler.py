@@ -22,6 +22,7 @@ from rekindle.engine.scheduler.fairness import OUTPUT_TOKEN_COST, FlowCounters
 from rekindle.engine.scheduler.memory import PageMemory
 from rekindle.engine.scheduler.plan import PlannedSequence, SequenceResult, StepPlan, StepResult
 from rekindle.engine.scheduler.sequence import Sequence, SequenceState, adapters_of, rank_of
+from rekindle.engine.scheduler.statistics import Totals, engine_stats
 from rekindle.engine.scheduler.step_times import StepTimes
 from rekindle.engine.scheduler.validation import check_fits, check_prompt
 from rekindle.engine.scheduler.waiting import DepartureRate, WaitingQueue
@@ -54,12 +55,7 @@ class Scheduler:
         self._step = 0
         self._may_admit = False
         self._may_plan = False
-        self._num_steps = 0
-        self._num_preemptions = 0
-        self._num_prompt_tokens = 0
-        self._num_generated_tokens = 0
-        self._num_tokens_looked_up = 0
-        self._num_tokens_found = 0
+        self._totals = Totals()
 
     @property
     def has_work(self) -> bool:
@@ -95,6 +91,7 @@ class Scheduler:
             num_adapter_pages = self._adapters.num_pages_of(request.adapter)
         check_fits(sequence, num_adapter_pages, self._config)
         if request.epoch == 0 and len(self._queue) >= self._config.max_queued:
+            self._totals.refused_full += 1
             raise Overloaded(
                 f"{len(self._queue)} requests wait already and max_queued is {self._config.max_queued}; try again "
                 "later, or raise max_queued",
@@ -104,7 +101,7 @@ class Scheduler:
             self._adapters.reference(request.adapter)
             sequence.was_adapter_ready = self._adapters.residency(request.adapter) is Residency.READY
         self._num_submitted += 1
-        self._num_prompt_tokens += sequence.num_prompt
+        self._totals.prompt_tokens += sequence.num_prompt
         self._unfinished[request.request_id] = sequence
         self._counters.begin(sequence.flow)
         self._has_deadlines |= request.ttft_slo_s is not None
@@ -135,25 +132,25 @@ class Scheduler:
         self._adapters.remove(digest)
         self._note_change()
 
-    def adapter_loaded(self, digest: AdapterDigest) -> None:
-        """An `AdapterLoad` has been carried out.
+    def adapter_loaded(self, digest: AdapterDigest, now_s: float) -> None:
+        """An `AdapterLoad` has been carried out by `now_s`, which teaches how long loads take.
 
         Raises:
             InternalError: no such load is under way.
         """
-        self._adapters.end_load(digest, self._step)
+        self._adapters.end_load(digest, self._step, now_s)
         for sequence in self._queue:
             if sequence.request.adapter == digest:
                 sequence.was_adapter_ready = True
         self._note_change()
 
-    def adapter_failed(self, digest: AdapterDigest, message: str) -> tuple[TokenChunk, ...]:
+    def adapter_failed(self, digest: AdapterDigest, message: str, now_s: float) -> tuple[TokenChunk, ...]:
         """An `AdapterLoad` has failed: the sequences that wait for it end with `message`.
 
         Raises:
             InternalError: no such load is under way.
         """
-        self._adapters.fail_load(digest)
+        self._adapters.fail_load(digest, now_s)
         self._note_change()
         failed = [sequence for sequence in self._queue if sequence.request.adapter == digest]
         return tuple(
@@ -173,6 +170,7 @@ class Scheduler:
         active = adapters_of(self._running)
         estimate = FirstTokenEstimate(self._config, self._times, self._running, self._departures.mean_interval_s)
         late = late_sequences(self._queue.in_turn(active, now_s), estimate, self._num_cached, now_s)
+        self._totals.refused_late += len(late)
         return tuple(self._finish(it.sequence, it.chunk()) for it in late)
 
     def schedule(self, now_s: float) -> StepPlan:
@@ -185,7 +183,7 @@ class Scheduler:
         plan = draft.build(self._step, self._adapters.take_evicted())
         if plan.sequences:
             self._in_flight.append((plan, draft.timelines))
-            self._num_steps += 1
+            self._totals.steps += 1
         self._may_plan = bool(plan.sequences or plan.preempted)
         return plan
 
@@ -212,26 +210,8 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """Load and memory as of now. Prefix queries and hits count tokens looked up and found."""
-        memory = self._memory
-        num_idle = memory.prefix.num_idle
-        num_adapter = self._adapters.num_pages_used
-        return EngineStats(
-            num_waiting=len(self._unfinished) - len(self._running),
-            num_running=len(self._running),
-            pages_total=self._config.num_pages,
-            pages_free=memory.pool.num_free,
-            pages_kv_in_use=self._config.num_pages - memory.pool.num_free - num_idle - num_adapter,
-            pages_adapter=num_adapter,
-            pages_prefix_cache=num_idle,
-            resident_adapters=self._adapters.resident,
-            prompt_tokens_total=self._num_prompt_tokens,
-            generated_tokens_total=self._num_generated_tokens,
-            prefix_queries_total=self._num_tokens_looked_up,
-            prefix_hits_total=self._num_tokens_found,
-            preemptions_total=self._num_preemptions,
-            adapter_loads_total=self._adapters.num_loads,
-            steps_total=self._num_steps,
-        )
+        num_waiting = len(self._unfinished) - len(self._running)
+        return engine_stats(self._config, self._memory, self._totals, num_waiting, self._running, self._leaving)
 
     def check_integrity(self) -> None:
         """Raise InternalError unless every page is held by exactly those who should hold it. Meant for tests."""
@@ -300,7 +280,7 @@ class Scheduler:
             f"{victim.request.request_id} gives back {len(victim.pages)} pages and is computed again later: "
             f"{beneficiary.request.request_id} needs pages and none can be evicted"
         )
-        self._num_preemptions += 1
+        self._totals.preemptions += 1
         self._running.remove(victim)
         victim.move_to(SequenceState.DRAINING)
         self._leave(victim)
@@ -313,8 +293,8 @@ class Scheduler:
         if admission.admitted:
             self._running += admission.admitted
             self._running.sort(key=rank_of)
-            self._num_tokens_looked_up += admission.tokens_looked_up
-            self._num_tokens_found += admission.tokens_found
+            self._totals.tokens_looked_up += admission.tokens_looked_up
+            self._totals.tokens_found += admission.tokens_found
 
     def _take_in_flight(self, plan: StepPlan, result: StepResult) -> list[tuple[Sequence, int]]:
         """Check everything before anything changes."""
@@ -336,7 +316,7 @@ class Scheduler:
         if outcome.error is not None:
             return self._finish(sequence, sequence.chunk(reason=FinishReason.ERROR, error=outcome.error))
         num_new, reason = sequence.accept(planned, outcome)
-        self._num_generated_tokens += num_new
+        self._totals.generated_tokens += num_new
         self._counters.charge(sequence.flow, OUTPUT_TOKEN_COST * num_new, sequence.request.weight)
         if sequence.is_caching:
             self._cache_full_pages(sequence)

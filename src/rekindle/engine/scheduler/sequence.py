@@ -136,6 +136,11 @@ class Sequence:
         return min(expected, self.max_positions) - self.num_planned
 
     @property
+    def num_spare_positions(self) -> int:
+        """Positions at the end of its pages that no token known or planned takes."""
+        return max(self.page_capacity - max(len(self.tokens), self.num_planned), 0)
+
+    @property
     def ready_reason(self) -> FinishReason | None:
         """Why a sequence is over before it has run, as one resumed with all its tokens is; None if it is not."""
         num_generated = len(self.tokens) - self.num_prompt
