@@ -26,6 +26,11 @@ class LoadTimes:
     def num_under_way(self) -> int:
         return len(self._under_way)
 
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """Seconds of any load, and of each byte."""
+        return self._fit.coefficients
+
     def begin(self, digest: AdapterDigest, num_bytes: int, now_s: float) -> None:
         self._under_way[digest] = (num_bytes, now_s)
         self.num_begun += 1

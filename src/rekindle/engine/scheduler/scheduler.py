@@ -40,11 +40,11 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
-        self._memory = PageMemory(config)
+        self._times = StepTimes()
+        self._memory = PageMemory(config, self._times)
         self._adapters = self._memory.adapters
         self._unfinished: dict[RequestId, Sequence] = {}
         self._counters = FlowCounters()
-        self._times = StepTimes()
         self._has_deadlines = False
         self._queue = WaitingQueue(self._counters)
         self._running: list[Sequence] = []
@@ -53,6 +53,7 @@ class Scheduler:
         self._departures = DepartureRate()
         self._num_submitted = 0
         self._step = 0
+        self._now_s = 0.0
         self._may_admit = False
         self._may_plan = False
         self._totals = Totals()
@@ -98,8 +99,9 @@ class Scheduler:
                 retry_after_s=self._departures.expected_wait_s(now_s),
             )
         if request.adapter is not None:
-            self._adapters.reference(request.adapter)
+            self._adapters.reference(request.adapter, now_s)
             sequence.was_adapter_ready = self._adapters.residency(request.adapter) is Residency.READY
+        self._now_s = now_s
         self._num_submitted += 1
         self._totals.prompt_tokens += sequence.num_prompt
         self._unfinished[request.request_id] = sequence
@@ -138,7 +140,7 @@ class Scheduler:
         Raises:
             InternalError: no such load is under way.
         """
-        self._adapters.end_load(digest, self._step, now_s)
+        self._adapters.end_load(digest, now_s)
         for sequence in self._queue:
             if sequence.request.adapter == digest:
                 sequence.was_adapter_ready = True
@@ -175,6 +177,7 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> StepPlan:
         """Plan a step: one token of every running sequence, then prompt chunks, then newly admitted sequences."""
+        self._now_s = now_s
         self._step += 1
         draft = StepDraft(self._config.max_step_tokens)
         self._plan_running(draft)
@@ -358,9 +361,9 @@ class Scheduler:
     def _settle(self, sequence: Sequence) -> None:
         """Take back what a sequence holds that has left the batch and is in no step in flight."""
         self._leaving.discard(sequence)
-        self._memory.prefix.release(sequence.drop_pages(), self._step)
+        self._memory.prefix.release(sequence.drop_pages(), self._now_s)
         if sequence.request.adapter is not None:
-            self._adapters.unpin(sequence.request.adapter, self._step)
+            self._adapters.unpin(sequence.request.adapter)
         if sequence.state is SequenceState.DRAINING:
             sequence.move_to(SequenceState.WAITING)
             self._queue.add(sequence)
