@@ -101,16 +101,6 @@ def test_an_adapter_in_use_is_never_evicted():
     assert loads[0] < steps_of_a[0] < steps_of_a[-1] < loads[1]
 
 
-def test_loads_begin_only_for_as_many_sequences_as_the_batch_has_room_for():
-    replica = Replica(make_config(max_sequences=2))
-    for name in ("x", "y", "z"):
-        replica.scheduler.add_adapter(make_manifest(name))
-        replica.submit(make_request(name, adapter=name))
-    assert [load.manifest.digest for load in replica.step().loads] == ["x", "y"]
-    replica.run()
-    replica.check_stream(RequestId("z"))
-
-
 def test_a_removed_version_serves_those_who_began_with_it_and_is_then_forgotten():
     replica = Replica(make_config())
     replica.scheduler.add_adapter(make_manifest("x", num_pages=2))

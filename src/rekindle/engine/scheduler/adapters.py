@@ -115,6 +115,11 @@ class AdapterCache:
     def num_pages_of(self, digest: AdapterDigest) -> int:
         return self._versions[digest].num_pages
 
+    def seconds_to_load(self, digest: AdapterDigest, now_s: float) -> float:
+        """How long a load begun now is likely to take, after those under way."""
+        before_s = max(self.loads.seconds_left(now_s).values(), default=0.0)
+        return before_s + self.loads.load_s(self._versions[digest].num_bytes)
+
     def residency(self, digest: AdapterDigest) -> Residency:
         return self._versions[digest].residency
 

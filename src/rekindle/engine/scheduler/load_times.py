@@ -47,3 +47,13 @@ class LoadTimes:
     def load_s(self, num_bytes: int) -> float:
         """How long a load of so many bytes is likely to take by itself."""
         return self._fit.predict((1.0, num_bytes))
+
+    def seconds_left(self, now_s: float) -> dict[AdapterDigest, float]:
+        """How long each load under way is likely to take yet, in the order in which they end."""
+        left: dict[AdapterDigest, float] = {}
+        end_s = 0.0
+        for digest, (num_bytes, began_s) in self._under_way.items():
+            elapsed_s = 0.0 if left else now_s - max(began_s, self._last_end_s)
+            end_s += max(self.load_s(num_bytes) - elapsed_s, 0.0)
+            left[digest] = end_s
+        return left

@@ -44,12 +44,18 @@ class PageMemory:
         """Pages that `allocate` could give without evicting an adapter in `keep`."""
         return self.pool.num_free + self.prefix.num_idle + self.adapters.num_pages_idle(keep)
 
-    def allocate(self, num_pages: int, keep: Collection[AdapterDigest] = ()) -> tuple[int, ...] | None:
-        """Take pages, evicting what is idle as far as needed; None, and nothing evicted, if that is not enough."""
+    def allocate(
+        self, num_pages: int, keep: Collection[AdapterDigest] = (), most_value: float = math.inf
+    ) -> tuple[int, ...] | None:
+        """Take pages, evicting what is idle as far as needed; None, and nothing evicted, if that is not enough.
+        `most_value`, the logarithm of a value, spares what is worth more, and any adapter that somebody waits for."""
         if self.pool.num_free < num_pages:
             if self.num_available(keep) < num_pages:
                 return None
-            self._evict(self._victims(num_pages - self.pool.num_free, keep))
+            victims = self._victims(num_pages - self.pool.num_free, keep, most_value)
+            if victims is None:
+                return None
+            self._evict(victims)
         return self.pool.allocate(num_pages)
 
     def take(self, num_pages: int, keep: Collection[AdapterDigest] = ()) -> tuple[int, ...]:
@@ -83,13 +89,15 @@ class PageMemory:
             if is_cached != sorted(is_cached, reverse=True):
                 raise InternalError(f"in the page table {pages} a cached page follows one that is not")
 
-    def _victims(self, num_pages: int, keep: Collection[AdapterDigest]) -> list[_Victim]:
+    def _victims(self, num_pages: int, keep: Collection[AdapterDigest], most_value: float) -> list[_Victim] | None:
         """What to evict, in that order, to free so many pages: the least valuable, less the adapters among them that a
         large one after them makes unnecessary, the most valuable of these first."""
         chosen: list[_Candidate] = []
         for candidate in self._in_order(keep):
             if num_pages <= 0:
                 break
+            if candidate[0] > most_value:
+                return None
             chosen.append(candidate)
             num_pages -= candidate[1]
         spared = set()

@@ -21,6 +21,7 @@ from rekindle.engine.scheduler.draft import StepDraft
 from rekindle.engine.scheduler.fairness import OUTPUT_TOKEN_COST, FlowCounters
 from rekindle.engine.scheduler.memory import PageMemory
 from rekindle.engine.scheduler.plan import PlannedSequence, SequenceResult, StepPlan, StepResult
+from rekindle.engine.scheduler.prefetch import LoadsAhead
 from rekindle.engine.scheduler.sequence import Sequence, SequenceState, adapters_of, rank_of
 from rekindle.engine.scheduler.statistics import Totals, engine_stats
 from rekindle.engine.scheduler.step_times import StepTimes
@@ -289,7 +290,8 @@ class Scheduler:
         self._leave(victim)
 
     def _admit(self, draft: StepDraft, now_s: float) -> None:
-        admission = Admission(self._config, self._memory, self._counters, draft, self._running, now_s)
+        ahead = LoadsAhead(self._config, self._memory, self._times, draft, now_s)
+        admission = Admission(self._config, self._memory, self._counters, draft, ahead, self._running, now_s)
         admission.run(self._queue)
         self._may_admit = not admission.is_complete
         self._departures.note(len(admission.admitted), len(self._queue), now_s)
