@@ -92,6 +92,11 @@ class Engine:
         """Whether `step` may have something to do or to say."""
         return bool(self._answers) or self._scheduler.has_runnable or self._adapters.has_finished
 
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When `step` is to be called though nothing is runnable, by the engine's clock; None if nothing is due."""
+        return self._scheduler.next_deadline_s
+
     def add_adapter(self, manifest: AdapterManifest, path: str) -> None:
         """Make a version known; its bytes are read when a request first needs them."""
         self._adapters.register(manifest.digest, Path(path))

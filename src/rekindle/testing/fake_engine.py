@@ -98,6 +98,10 @@ class FakeEngine:
     def has_runnable(self) -> bool:
         return bool(self._sequences or self._answers)
 
+    @property
+    def next_deadline_s(self) -> float | None:
+        return None
+
     def add_adapter(self, manifest: AdapterManifest, path: str) -> None:
         """Make a version known; its file is not read."""
         self._adapters.add(manifest.digest)

@@ -118,7 +118,11 @@ class AdapterCache:
     def seconds_to_load(self, digest: AdapterDigest, now_s: float) -> float:
         """How long a load begun now is likely to take, after those under way."""
         before_s = max(self.loads.seconds_left(now_s).values(), default=0.0)
-        return before_s + self.loads.load_s(self._versions[digest].num_bytes)
+        return before_s + self.load_s(digest)
+
+    def load_s(self, digest: AdapterDigest) -> float:
+        """How long a load is likely to take by itself."""
+        return self.loads.load_s(self._versions[digest].num_bytes)
 
     def residency(self, digest: AdapterDigest) -> Residency:
         return self._versions[digest].residency
@@ -199,7 +203,7 @@ class AdapterCache:
     def value(self, digest: AdapterDigest, warmth: float) -> float:
         """The logarithm of what keeping the version is worth, a byte, at a warmth."""
         version = self._versions[digest]
-        return log_price(self.loads.load_s(version.num_bytes), version.num_pages * self._config.page_bytes) + warmth
+        return log_price(self.load_s(digest), version.num_pages * self._config.page_bytes) + warmth
 
     def evict(self, digest: AdapterDigest) -> None:
         """Free the pages of an idle version.

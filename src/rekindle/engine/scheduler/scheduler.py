@@ -16,7 +16,7 @@ from collections import deque
 from rekindle.engine.scheduler.adapters import Residency
 from rekindle.engine.scheduler.admission import Admission
 from rekindle.engine.scheduler.config import SchedulerConfig
-from rekindle.engine.scheduler.deadlines import FirstTokenEstimate, late_sequences
+from rekindle.engine.scheduler.deadlines import FirstTokenEstimate, LoadForecast, deadline_s, late_sequences
 from rekindle.engine.scheduler.draft import StepDraft
 from rekindle.engine.scheduler.fairness import OUTPUT_TOKEN_COST, FlowCounters
 from rekindle.engine.scheduler.memory import PageMemory
@@ -68,6 +68,14 @@ class Scheduler:
     def has_runnable(self) -> bool:
         """Whether `schedule` may find something to do: False from an empty plan on until something changes."""
         return self._may_plan and bool(self._unfinished)
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When `refuse_late` is to be called even if nothing is runnable: the first moment at which a waiting
+        sequence's first token is overdue."""
+        if not self._has_deadlines:
+            return None
+        return min((due_s for it in self._queue if (due_s := deadline_s(it)) is not None), default=None)
 
     def submit(self, request: GenerateRequest, now_s: float) -> tuple[TokenChunk, ...]:
         """Queue a sequence. Returns its only chunk if it is resumed and already complete, and nothing otherwise.
@@ -172,7 +180,8 @@ class Scheduler:
         self._has_deadlines = any(sequence.request.ttft_slo_s is not None for sequence in self._queue)
         active = adapters_of(self._running)
         estimate = FirstTokenEstimate(self._config, self._times, self._running, self._departures.mean_interval_s)
-        late = late_sequences(self._queue.in_turn(active, now_s), estimate, self._num_cached, now_s)
+        loads = LoadForecast(self._adapters, now_s)
+        late = late_sequences(self._queue.in_turn(active, now_s), estimate, loads, self._num_cached, now_s)
         self._totals.refused_late += len(late)
         return tuple(self._finish(it.sequence, it.chunk()) for it in late)
 
