@@ -29,7 +29,7 @@ from rekindle.engine.scheduler.validation import check_fits, check_prompt
 from rekindle.engine.scheduler.waiting import DepartureRate, WaitingQueue
 from rekindle.errors import Conflict, InternalError, Overloaded
 from rekindle.protocol.adapters import AdapterManifest
-from rekindle.protocol.generation import FinishReason, GenerateRequest, TokenChunk
+from rekindle.protocol.generation import FinishReason, GenerateRequest, Refusal, TokenChunk
 from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.replica import EngineStats
 
@@ -78,7 +78,8 @@ class Scheduler:
         return min((due_s for it in self._queue if (due_s := deadline_s(it)) is not None), default=None)
 
     def submit(self, request: GenerateRequest, now_s: float) -> tuple[TokenChunk, ...]:
-        """Queue a sequence. Returns its only chunk if it is resumed and already complete, and nothing otherwise.
+        """Queue a sequence. Returns its only chunk if it is resumed and already complete, and the last chunk of the
+        sequence that it displaces in a full queue, if it does.
 
         A resumed request (epoch > 0) was accepted before and is not turned away by a full queue.
 
@@ -86,7 +87,7 @@ class Scheduler:
             InvalidRequest: its prompt is empty or too long for the context, or it can never fit into the pool.
             NotFound: its adapter version is unknown or removed.
             Conflict: a request of that id is unfinished here.
-            Overloaded: the queue is full.
+            Overloaded: the queue is full, and its flow has its share of the places.
         """
         if request.request_id in self._unfinished:
             raise Conflict(f"request {request.request_id} is unfinished here; abort it before submitting it again")
@@ -100,13 +101,9 @@ class Scheduler:
             self._adapters.require(request.adapter)
             num_adapter_pages = self._adapters.num_pages_of(request.adapter)
         check_fits(sequence, num_adapter_pages, self._config)
+        displaced: tuple[TokenChunk, ...] = ()
         if request.epoch == 0 and len(self._queue) >= self._config.max_queued:
-            self._totals.refused_full += 1
-            raise Overloaded(
-                f"{len(self._queue)} requests wait already and max_queued is {self._config.max_queued}; try again "
-                "later, or raise max_queued",
-                retry_after_s=self._departures.expected_wait_s(now_s),
-            )
+            displaced = self._make_place(sequence, now_s)
         if request.adapter is not None:
             self._adapters.reference(request.adapter, now_s)
             sequence.was_adapter_ready = self._adapters.residency(request.adapter) is Residency.READY
@@ -118,7 +115,7 @@ class Scheduler:
         self._has_deadlines |= request.ttft_slo_s is not None
         self._queue.add(sequence)
         self._note_change()
-        return ()
+        return displaced
 
     def abort(self, request_id: RequestId) -> tuple[TokenChunk, ...]:
         """End a sequence; its pages are free at once, or with the commit of its last step in flight.
@@ -238,6 +235,24 @@ class Scheduler:
                 raise InternalError(f"request {sequence.request.request_id} waits, but holds pages or is in flight")
         if any(sequence.state is not SequenceState.RUNNING for sequence in self._running):
             raise InternalError("a sequence is in the batch that is not running")
+
+    def _make_place(self, newcomer: Sequence, now_s: float) -> tuple[TokenChunk, ...]:
+        """End a sequence of the flow that holds most places of the full queue, or refuse the newcomer."""
+        self._totals.refused_full += 1
+        retry_after_s = self._departures.expected_wait_s(now_s)
+        displaced = self._queue.to_displace(newcomer)
+        if displaced is None:
+            raise Overloaded(
+                f"{len(self._queue)} requests wait already and max_queued is {self._config.max_queued}; try again "
+                "later, or raise max_queued",
+                retry_after_s=retry_after_s,
+            )
+        message = (
+            f"the queue of {self._config.max_queued} requests is full, and most of them are of the same tenant and "
+            "adapter as this one, the last of them; try again later, or raise max_queued"
+        )
+        refusal = Refusal(Overloaded.__name__, retry_after_s=retry_after_s)
+        return (self._finish(displaced, displaced.chunk(reason=FinishReason.ERROR, error=message, refusal=refusal)),)
 
     def _num_cached(self, sequence: Sequence) -> int:
         return len(self._memory.prefix.match(sequence.page_digests())) * self._config.page_tokens
