@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rekindle.clock import SystemClock
+from rekindle.clock import Clock, SystemClock
 from rekindle.engine.engine import Engine
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.generation import FinishReason, GenerateRequest, TokenLogprobs
@@ -33,7 +33,7 @@ class Output:
 class LocalEngine:
     """An engine driven step by step by the test."""
 
-    def __init__(self, model_dir: Path, manifest: ModelManifest, **changes: object) -> None:
+    def __init__(self, model_dir: Path, manifest: ModelManifest, clock: Clock | None = None, **changes: object) -> None:
         settings = {
             "model_dir": str(model_dir),
             "model": manifest,
@@ -48,7 +48,7 @@ class LocalEngine:
         }
         self.model_dir, self.manifest = model_dir, manifest
         self._wakened = threading.Event()
-        self.engine = Engine(EngineSettings(**settings), SystemClock(), self._wakened.set)  # type: ignore[arg-type]
+        self.engine = Engine(EngineSettings(**settings), clock or SystemClock(), self._wakened.set)  # type: ignore[arg-type]
         self.outputs: dict[str, Output] = {}
 
     def add_adapter(self, directory: Path, manifest: AdapterManifest) -> AdapterDigest:

@@ -1,6 +1,8 @@
 """One replica on one device: the scheduler, the runner and the adapters' memory, joined.
 
 `step` is the whole loop body: take in finished adapter loads, plan, act, commit. Everything here belongs to one thread.
+When the last sequence has ended, the page accounts are checked; an error in them ends the engine, because what it would
+go on to compute cannot be trusted.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from rekindle.store.model_layout import tensor_shapes
 from rekindle.units import format_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CHECK_INTERVAL_S = 10.0
+"""How far apart checks of the page accounts are at least: each takes time in proportion to the pool."""
 _MIN_PAGES = 4
 
 
@@ -65,6 +69,8 @@ class Engine:
         self._vocab_size = arch.vocab_size
         self._answers: list[TokenChunk] = []
         self._clock = clock
+        self._is_checked = True
+        self._next_check_s = clock.monotonic_s()
         self._scheduler = Scheduler(
             SchedulerConfig(
                 base=settings.model.digest,
@@ -117,13 +123,18 @@ class Engine:
         self._check_vocabulary(request.prompt_token_ids, "prompt")
         self._check_vocabulary([token_id for token_id, _ in request.sampling.logit_bias], "logit_bias")
         self._answers += self._scheduler.submit(request, self._clock.monotonic_s())
+        self._is_checked = False
 
     def abort(self, request_id: RequestId) -> None:
         """Stop a sequence; unknown ids are ignored."""
         self._answers += self._scheduler.abort(request_id)
 
     def step(self) -> list[TokenChunk]:
-        """Run one step if there is something to run; returns what sequences gained since the last call."""
+        """Run one step if there is something to run; returns what sequences gained since the last call.
+
+        Raises:
+            InternalError: the page accounts do not agree, as is found when the engine becomes idle.
+        """
         chunks, self._answers = self._answers, []
         now_s = self._clock.monotonic_s()
         for outcome in self._adapters.finished():
@@ -142,11 +153,21 @@ class Engine:
             result = self._runner.execute(plan)
             self._scheduler.note_duration(plan, self._clock.monotonic_s() - started_s)
             chunks += self._scheduler.commit(plan, result)
+        self._check_when_idle()
         return chunks
 
     def stats(self) -> EngineStats:
         """Load and memory as of now."""
         return self._scheduler.stats()
+
+    def _check_when_idle(self) -> None:
+        if self._is_checked or self._scheduler.has_work:
+            return
+        now_s = self._clock.monotonic_s()
+        if now_s >= self._next_check_s:
+            self._scheduler.check_integrity()
+            self._is_checked = True
+            self._next_check_s = now_s + CHECK_INTERVAL_S
 
     def _check_vocabulary(self, token_ids: Sequence[int], field: str) -> None:
         highest, lowest = max(token_ids, default=0), min(token_ids, default=0)

@@ -224,7 +224,7 @@ class Scheduler:
         return engine_stats(self._config, self._memory, self._totals, num_waiting, self._running, self._leaving)
 
     def check_integrity(self) -> None:
-        """Raise InternalError unless every page is held by exactly those who should hold it. Meant for tests."""
+        """Raise InternalError unless every page is held by exactly those who should hold it; looks at every page."""
         holders = [*self._running, *self._leaving]
         self._memory.check_integrity([sequence.pages for sequence in holders])
         waiting = {sequence for sequence in self._unfinished.values() if sequence.state is SequenceState.WAITING}
