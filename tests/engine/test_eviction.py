@@ -160,6 +160,28 @@ def test_prefix_pages_and_adapters_are_weighed_against_each_other():
         memory.prefix.check_integrity()
 
 
+@pytest.mark.parametrize(("num_prompts", "resident"), [(10, ()), (10_000, ("x",))])
+def test_prompts_that_never_come_again_are_given_up_before_an_adapter_that_is_used_now_and_then(num_prompts, resident):
+    """A page of the adapter costs less than a prompt's, and was used less lately."""
+    shelf = AdapterShelf(30, {"x": 20})
+    memory = shelf.memory
+    for number in range(3000):
+        if number % 1000 == 0:
+            shelf.use("x")
+        shelf.now_s += 0.1
+        digest = (number % num_prompts).to_bytes(4)
+        pages = memory.prefix.match([digest])
+        if pages:
+            memory.prefix.use(pages)
+        else:
+            pages = memory.take(1)
+            assert memory.prefix.insert(digest, pages[0], None)
+        memory.prefix.release(pages, shelf.now_s)
+    assert memory.pool.num_free == 0
+    assert memory.allocate(1) is not None
+    assert memory.adapters.resident == resident
+
+
 def test_what_is_in_use_cannot_be_evicted():
     shelf = AdapterShelf(8, {"x": 4})
     shelf.use("x")

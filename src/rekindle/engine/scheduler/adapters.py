@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from rekindle.engine.scheduler.config import SchedulerConfig
-from rekindle.engine.scheduler.eviction import COLD, EvictionOrder, log_price, warmth_after_use
+from rekindle.engine.scheduler.eviction import COLD, EvictionOrder, ReuseShare, log_price, warmth_after_use
 from rekindle.engine.scheduler.load_times import LoadTimes
 from rekindle.engine.scheduler.plan import AdapterLoad
 from rekindle.engine.scheduler.pool import PagePool
@@ -56,6 +56,7 @@ class AdapterCache:
         self._versions: dict[AdapterDigest, _Version] = {}
         self.idle: EvictionOrder[AdapterDigest] = EvictionOrder()
         self.awaited: EvictionOrder[AdapterDigest] = EvictionOrder()
+        self.reuse = ReuseShare()
         self.loads = LoadTimes()
         self._evicted: list[AdapterDigest] = []
         self._num_pages_used = 0
@@ -142,6 +143,7 @@ class AdapterCache:
         """Count an unfinished sequence, which is a use of the version."""
         version = self._versions[digest]
         version.num_references += 1
+        self.reuse.note(*((1, 0) if version.warmth == COLD else (0, 1)))
         version.warmth = warmth_after_use(version.warmth, now_s)
         self._place(version)
 

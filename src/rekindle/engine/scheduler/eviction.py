@@ -4,6 +4,9 @@ The chance of use is a rate that decays exponentially with the same time constan
 it. All rates therefore fall alike, and their order changes with uses only. `warmth` is the logarithm of a rate without
 what time takes from all: a number that stays true until the next use. The logarithm of a value is the sum of a warmth
 and of the logarithm of a price, seconds per byte, so an order by value can be kept in a heap and needs no scan.
+
+Past uses foretell further ones better for some kinds of things than for others: most prompts never come again, most
+adapters do. A `ReuseShare` for each kind, learnt from what happens, scales the rates of its things.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ COLD = -math.inf
 
 _FEW_STALE = 64
 _LEAST_PRICE = 1e-30
+_LEAST_SHARE = 1e-3
+_SHARE_MEMORY = 0.999
+"""The weight of all earlier uses after each new one: those of the last thousand count most."""
 
 Key = TypeVar("Key")
 
@@ -39,6 +45,25 @@ def warmth_of_rate(uses_per_s: float, now_s: float) -> float:
 def log_price(seconds: float, num_bytes: int) -> float:
     """The logarithm of what a byte costs that takes part in being brought back for so many seconds."""
     return math.log(max(seconds / num_bytes, _LEAST_PRICE))
+
+
+class ReuseShare:
+    """The share of uses of a kind of things that were not the first: a mean that forgets."""
+
+    def __init__(self) -> None:
+        self._share = 0.5
+
+    @property
+    def log(self) -> float:
+        """Its logarithm, bounded."""
+        return math.log(max(self._share, _LEAST_SHARE))
+
+    def note(self, num_first: int, num_again: int) -> None:
+        """So many first uses, and so many uses of what was used before."""
+        num_uses = num_first + num_again
+        if num_uses:
+            kept = _SHARE_MEMORY**num_uses
+            self._share = kept * self._share + (1 - kept) * num_again / num_uses
 
 
 class EvictionOrder(Generic[Key]):

@@ -109,10 +109,12 @@ class PageMemory:
 
     def _in_order(self, keep: Collection[AdapterDigest]) -> Iterator[_Candidate]:
         """All that may be evicted, least value first; adapters that somebody waits for are priceless."""
-        price = log_price(self._times.prompt_token_s * self._page_tokens, self._page_bytes)
+        price = log_price(self._times.prompt_token_s * self._page_tokens, self._page_bytes) + self.prefix.reuse.log
+        reuse = self.adapters.reuse.log
         pages: Iterator[_Candidate] = ((price + warmth, 1, page) for warmth, page in self.prefix.in_order())
         adapters: Iterator[_Candidate] = (
-            (value, self.adapters.num_pages_of(digest), digest) for value, digest in self.adapters.idle.in_order()
+            (value + reuse, self.adapters.num_pages_of(digest), digest)
+            for value, digest in self.adapters.idle.in_order()
         )
         yield from merge(pages, adapters, key=itemgetter(0))
         for _, digest in self.adapters.awaited.in_order():

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from heapq import heappop, heappush
 
-from rekindle.engine.scheduler.eviction import COLD, EvictionOrder, warmth_after_use
+from rekindle.engine.scheduler.eviction import COLD, EvictionOrder, ReuseShare, warmth_after_use
 from rekindle.engine.scheduler.pool import PagePool
 from rekindle.errors import InternalError
 from rekindle.protocol.identity import AdapterDigest, ModelDigest
@@ -62,6 +62,7 @@ class PrefixCache:
         self._cached: dict[int, _CachedPage] = {}
         self._idle: set[int] = set()
         self._idle_leaves: EvictionOrder[int] = EvictionOrder()
+        self.reuse = ReuseShare()
 
     @property
     def num_cached(self) -> int:
@@ -88,8 +89,9 @@ class PrefixCache:
     def count_idle(self, pages: Iterable[int]) -> int:
         return sum(page in self._idle for page in pages)
 
-    def use(self, pages: Iterable[int]) -> None:
+    def use(self, pages: Collection[int]) -> None:
         """Become a user of cached pages, which are a whole prefix of a chain."""
+        self.reuse.note(0, len(pages))
         for page in pages:
             self._pool.retain(page)
             self._idle.discard(page)
@@ -103,6 +105,7 @@ class PrefixCache:
         """
         if digest in self._page_of:
             return False
+        self.reuse.note(1, 0)
         self._page_of[digest] = page
         self._cached[page] = _CachedPage(digest, parent)
         if parent is not None:
