@@ -82,7 +82,7 @@ def simulate(rate: float, cv: float, policy: str, seed: int) -> Outcome:
         refused = scheduler.refuse_late(now_s)
         plan = scheduler.schedule(now_s)
         for load in plan.loads:
-            scheduler.adapter_loaded(load.manifest.digest)
+            scheduler.adapter_loaded(load.manifest.digest, now_s)
         now_s += (duration_s := _duration_s(plan))
         results = (SequenceResult((1,) if it.samples else (), it.num_positions) for it in plan.sequences)
         chunks = scheduler.commit(plan, StepResult(plan.step, tuple(results)))
@@ -99,6 +99,7 @@ def _make_scheduler() -> Scheduler:
         num_pages=20_000,
         page_tokens=16,
         page_bytes=1 << 19,
+        token_bytes=1 << 15,
         element_bytes=2,
         max_step_tokens=512,
         max_sequences=64,

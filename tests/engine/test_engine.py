@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from rekindle.clock import ManualClock
+from rekindle.engine.engine import CHECK_INTERVAL_S
 from rekindle.engine.models.decoder import Decoder
-from rekindle.errors import ConfigurationError, InvalidRequest, ModelRejected, NotFound
+from rekindle.engine.scheduler.scheduler import Scheduler
+from rekindle.errors import ConfigurationError, InternalError, InvalidRequest, ModelRejected, NotFound
 from rekindle.protocol.generation import FinishReason, GenerateRequest
 from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.models import ModelManifest
@@ -152,4 +155,34 @@ def test_aborted_sequences_give_their_pages_back(tiny: tuple[Any, Path, ModelMan
     stats = engine.engine.stats()
     assert stats.pages_kv_in_use == 0
     assert stats.num_running == stats.num_waiting == 0
+    engine.close()
+
+
+def test_page_accounts_are_checked_when_the_engine_becomes_idle_and_not_too_often(
+    tiny: tuple[Any, Path, ModelManifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks: list[float] = []
+    clock = ManualClock()
+    monkeypatch.setattr(Scheduler, "check_integrity", lambda self: checks.append(clock.monotonic_s()))
+    engine = LocalEngine(tiny[1], tiny[2], clock)
+    for i, gap_s in enumerate([1.0, 1.0, CHECK_INTERVAL_S, 1.0]):
+        clock.advance(gap_s)
+        engine.submit(f"r{i}", greedy(f"r{i}", [3, 4], 3))
+        engine.step()
+        assert not checks or checks[-1] < clock.monotonic_s(), "not while a sequence is open"
+        engine.run()
+        engine.step()
+    assert checks == [1.0, 2.0 + CHECK_INTERVAL_S]
+    engine.close()
+
+
+def test_an_engine_whose_page_accounts_are_wrong_ends_when_it_becomes_idle(
+    tiny: tuple[Any, Path, ModelManifest],
+) -> None:
+    engine = engine_of(tiny)
+    engine.submit("r", greedy("r", [3, 4], 3))
+    engine.step()
+    assert engine.engine._scheduler._memory.pool.allocate(1) is not None
+    with pytest.raises(InternalError, match="holders"):
+        engine.run()
     engine.close()

@@ -23,6 +23,7 @@ from rekindle.protocol.replica import (
     EngineReady,
     EngineSettings,
     EngineStats,
+    PoolBytes,
     RemoveAdapter,
     Shutdown,
 )
@@ -46,6 +47,7 @@ class ScriptedEngine:
     adapter_refusal: Exception | None = None
     failure: Exception | None = None
     is_flooding: bool = False
+    next_deadline_s: float | None = None
     num_steps: int = 0
     is_closed: bool = False
 
@@ -74,13 +76,16 @@ class ScriptedEngine:
         if self.failure is not None and self.open:
             raise self.failure
         chunks, self.answers = self.answers, []
+        if self.next_deadline_s is not None and SystemClock().monotonic_s() >= self.next_deadline_s:
+            self.next_deadline_s = None
+            chunks += [TokenChunk(name, 0, 0, (), FinishReason.ERROR) for name in self.open]
         if self.is_flooding:
             self.num_steps += 1
             chunks.append(TokenChunk(RequestId("flood"), 0, self.num_steps, tuple(range(10_000))))
         return chunks
 
     def stats(self) -> EngineStats:
-        return EngineStats(len(self.open), 0, *[0] * 5, (), *[0] * 7)
+        return EngineStats(len(self.open), 0, *[0] * 5, PoolBytes(*[0] * 9), (), *[0] * 13)
 
     def close(self) -> None:
         self.is_closed = True
@@ -199,6 +204,14 @@ def test_an_engine_with_open_sequences_and_nothing_to_run_gives_signs_of_life() 
         for _ in range(2):
             while peer.receive(EngineStats).num_waiting != 1:
                 continue
+
+
+def test_an_idle_loop_lets_the_engine_look_again_when_a_deadline_has_come() -> None:
+    with ready() as (peer, engine):
+        engine.next_deadline_s = SystemClock().monotonic_s() + 0.05
+        peer.send(request("r"))
+        assert peer.chunk().request_id == "r"
+        assert engine.next_deadline_s is None
 
 
 def test_an_engine_without_work_says_nothing() -> None:

@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rekindle.engine.scheduler.eviction import DECAY_S
 from rekindle.engine.scheduler.pool import PagePool
 from rekindle.engine.scheduler.prefix import PrefixCache, page_digest, root_digest
 from rekindle.errors import InternalError
@@ -21,9 +22,22 @@ def chain(*pages, adapter=None, salt="", base="base"):
 def fill(cache, pool, digests, now=0):
     """Cache one new page for each digest, used by nobody."""
     pages = pool.allocate(len(digests))
-    assert all(cache.insert(digest, page) for digest, page in zip(digests, pages, strict=True))
+    insert(cache, digests, pages)
     cache.release(pages, now)
     return pages
+
+
+def insert(cache, digests, pages, parent=None):
+    for digest, page in zip(digests, pages, strict=True):
+        assert cache.insert(digest, page, parent)
+        parent = page
+
+
+def evict_next(cache):
+    """Evict the page that goes first."""
+    _, page = next(cache.in_order())
+    cache.evict(page)
+    return page
 
 
 ROOT_FIELDS = st.tuples(st.text(max_size=4), st.one_of(st.none(), st.text(max_size=4)), st.text(max_size=4))
@@ -75,26 +89,59 @@ def test_a_page_in_use_is_not_idle_and_a_page_given_back_stays_cached():
     assert (cache.num_idle, pool.num_free) == (1, 1)
     cache.use((page,))
     assert cache.num_idle == 0
-    with pytest.raises(InternalError, match="no cached page is idle"):
-        cache.evict_oldest()
-    cache.release((page,), now=1)
+    with pytest.raises(InternalError, match=f"page {page} is no idle leaf"):
+        cache.evict(page)
+    cache.release((page,), 1)
     assert (cache.num_idle, pool.num_free) == (1, 1)
 
 
-def test_the_page_used_longest_ago_is_evicted_first_and_leaves_before_parents():
+def test_of_pages_used_once_the_one_used_longest_ago_is_evicted_first_and_leaves_go_before_parents():
     pool = PagePool(4)
     cache = PrefixCache(pool)
     old = fill(cache, pool, chain((1, 1), (2, 2)), now=1)
     new = fill(cache, pool, chain((3, 3), (4, 4)), now=2)
     cache.use(old[:1])
-    cache.release(old[:1], now=3)
+    cache.release(old[:1], 3)
+    planned = [page for _, page in cache.in_order()]
     order = []
     while cache.num_idle:
-        held = {page for page in range(4) if pool.num_holders(page)}
-        cache.evict_oldest()
+        order.append(evict_next(cache))
         cache.check_integrity()
-        order += held - {page for page in range(4) if pool.num_holders(page)}
-    assert order == [old[1], new[1], new[0], old[0]]
+    assert order == planned == [old[1], new[1], new[0], old[0]]
+    assert pool.num_free == 4
+
+
+def test_a_page_that_many_used_outlives_one_that_was_used_last():
+    pool = PagePool(2)
+    cache = PrefixCache(pool)
+    popular = fill(cache, pool, chain((1, 1)), now=1)
+    for now in (2, 3):
+        cache.use(popular)
+        cache.release(popular, now)
+    (latest,) = fill(cache, pool, chain((2, 2)), now=4)
+    assert evict_next(cache) == latest
+
+
+def test_a_page_that_was_popular_is_forgotten_in_time():
+    pool = PagePool(2)
+    cache = PrefixCache(pool)
+    popular = fill(cache, pool, chain((1, 1)), now=1)
+    for now in (2, 3):
+        cache.use(popular)
+        cache.release(popular, now)
+    fill(cache, pool, chain((2, 2)), now=4 + 2 * DECAY_S)
+    assert evict_next(cache) == popular[0]
+
+
+def test_only_a_page_that_no_cached_page_follows_can_be_evicted():
+    pool = PagePool(2)
+    cache = PrefixCache(pool)
+    first, second = fill(cache, pool, chain((1, 1), (2, 2)))
+    with pytest.raises(InternalError, match=f"page {first} is no idle leaf"):
+        cache.evict(first)
+    cache.evict(second)
+    cache.evict(first)
+    assert pool.num_free == 2
 
 
 def test_a_second_page_of_the_same_content_is_not_cached():
@@ -102,8 +149,8 @@ def test_a_second_page_of_the_same_content_is_not_cached():
     cache = PrefixCache(pool)
     (first,) = fill(cache, pool, chain((1, 2)))
     (second,) = pool.allocate(1)
-    assert not cache.insert(chain((1, 2))[0], second)
-    cache.release((second,), now=1)
+    assert not cache.insert(chain((1, 2))[0], second, None)
+    cache.release((second,), 1)
     assert pool.num_free == 1
     assert cache.match(chain((1, 2))) == (first,)
 
@@ -127,13 +174,16 @@ def test_users_always_use_the_parents_of_their_pages(operations):
             if fresh is None:
                 cache.release(cached, now)
                 continue
-            for digest, page in zip(digests[len(cached) :], fresh, strict=True):
-                assert cache.insert(digest, page)
+            insert(cache, digests[len(cached) :], fresh, cached[-1] if cached else None)
             users.append(cached + fresh)
         elif operation == "end" and users:
             cache.release(users.pop(sum(tokens) % len(users)), now)
         elif operation == "evict" and cache.num_idle:
-            cache.evict_oldest()
+            planned = [page for _, page in cache.in_order()]
+            assert sorted(planned) == sorted(set(planned))
+            assert len(planned) == cache.num_idle
+            assert evict_next(cache) == planned[0]
+            assert [page for _, page in cache.in_order()] == planned[1:], "the order is what evicting one by one gives"
         cache.check_integrity()
         pool.check_integrity()
         in_use = {page for pages in users for page in pages}
@@ -143,5 +193,5 @@ def test_users_always_use_the_parents_of_their_pages(operations):
     for pages in users:
         cache.release(pages, len(operations))
     while cache.num_idle:
-        cache.evict_oldest()
+        evict_next(cache)
     assert pool.num_free == 16

@@ -68,7 +68,8 @@ def test_a_failed_load_ends_those_who_wait_with_the_message_and_may_be_tried_aga
 def test_the_end_of_a_load_nobody_began_is_a_reported_bug():
     scheduler = Scheduler(make_config())
     scheduler.add_adapter(make_manifest("x"))
-    for report in (scheduler.adapter_loaded, lambda digest: scheduler.adapter_failed(digest, "no")):
+    reports = (lambda it: scheduler.adapter_loaded(it, 1.0), lambda it: scheduler.adapter_failed(it, "no", 1.0))
+    for report in reports:
         for digest in ("x", "ghost"):
             with pytest.raises(InternalError, match=f"load of adapter {digest} was reported, but none is under way"):
                 report(AdapterDigest(digest))
@@ -98,16 +99,6 @@ def test_an_adapter_in_use_is_never_evicted():
     steps_of_a = [index for index, plan in enumerate(replica.plans) if "a" in planned_names(plan)]
     assert len(loads) == 2
     assert loads[0] < steps_of_a[0] < steps_of_a[-1] < loads[1]
-
-
-def test_loads_begin_only_for_as_many_sequences_as_the_batch_has_room_for():
-    replica = Replica(make_config(max_sequences=2))
-    for name in ("x", "y", "z"):
-        replica.scheduler.add_adapter(make_manifest(name))
-        replica.submit(make_request(name, adapter=name))
-    assert [load.manifest.digest for load in replica.step().loads] == ["x", "y"]
-    replica.run()
-    replica.check_stream(RequestId("z"))
 
 
 def test_a_removed_version_serves_those_who_began_with_it_and_is_then_forgotten():

@@ -11,8 +11,8 @@ from rekindle.engine.scheduler.scheduler import Scheduler
 from rekindle.engine.scheduler.step_times import StepTimes
 from rekindle.errors import InvalidRequest
 from rekindle.protocol.generation import FinishReason
-from rekindle.protocol.identity import RequestId
-from support.scheduling import Replica, Truth, make_config, make_request
+from rekindle.protocol.identity import AdapterDigest, RequestId
+from support.scheduling import Replica, Truth, make_config, make_manifest, make_request
 
 
 @settings(max_examples=50, deadline=None)
@@ -187,6 +187,81 @@ def test_time_in_which_nobody_waits_is_no_interval_between_departures():
     while replica.scheduler.has_work:
         replica.timed_step()
     replica.check_stream(RequestId("c"))
+
+
+def replica_that_knows_loads(load_s, **limits):
+    """A replica that has learnt that a load takes so long, and knows adapters `x`, `y` and `z`, absent."""
+    replica = TimedReplica(make_config(num_pages=200, **limits))
+    for name in ("warm", "x", "y", "z"):
+        replica.scheduler.add_adapter(make_manifest(name, 2))
+    for number in range(40):
+        replica.submit(make_request(f"warm-{number}", 3, 1, adapter="warm"))
+        replica.timed_step()
+        replica.now_s += load_s
+        replica.end_all_loads()
+        while replica.scheduler.has_work:
+            replica.timed_step()
+        replica.scheduler.remove_adapter(AdapterDigest("warm"))
+        replica.timed_step()
+        replica.scheduler.add_adapter(make_manifest("warm", 2))
+    assert replica.scheduler.stats().adapter_loads_total == 40
+    return replica
+
+
+@pytest.mark.parametrize(("slo_s", "is_refused"), [(2.0, True), (9.0, False)])
+def test_a_request_that_its_adapters_load_alone_would_make_late_is_refused_at_once(slo_s, is_refused):
+    replica = replica_that_knows_loads(4.0)
+    replica.submit(make_request("first", 3, 30))
+    replica.timed_step()
+    replica.submit(make_request("a", 3, 2, adapter="x", ttft_slo_s=slo_s))
+    replica.collect(replica.scheduler.refuse_late(replica.now_s))
+    assert (RequestId("a") in replica.chunks) is is_refused
+
+
+def test_loads_that_come_before_its_own_make_a_request_late():
+    replica = replica_that_knows_loads(4.0)
+    replica.submit(make_request("first", 3, 30, adapter="x"))
+    replica.submit(make_request("second", 3, 30, adapter="y"))
+    replica.timed_step()
+    replica.submit(make_request("late", 3, 2, adapter="z", ttft_slo_s=9.0))
+    replica.submit(make_request("same", 3, 2, adapter="y", ttft_slo_s=9.0))
+    replica.submit(make_request("base", 3, 2, ttft_slo_s=1.0))
+    replica.collect(replica.scheduler.refuse_late(replica.now_s))
+    assert replica.finish_reason("late") is FinishReason.ERROR
+    assert RequestId("same") not in replica.chunks
+    assert RequestId("base") not in replica.chunks, "those that wait for loads do not stand before it"
+
+
+def test_prompts_that_wait_for_loads_which_end_soon_stand_before_those_behind():
+    replica = replica_that_knows_loads(0.001, max_step_tokens=16)
+    replica.submit(make_request("running", 3, 300))
+    replica.timed_step()
+    replica.submit(make_request("long", 600, 1, adapter="x", priority=-1))
+    replica.submit(make_request("behind", 40, 1, ttft_slo_s=0.3))
+    replica.collect(replica.scheduler.refuse_late(replica.now_s))
+    assert replica.finish_reason("behind") is FinishReason.ERROR
+
+
+def test_what_waits_for_a_load_is_refused_when_its_time_is_over_though_nothing_can_run():
+    replica = TimedReplica(make_config())
+    replica.scheduler.add_adapter(make_manifest("x"))
+    assert replica.scheduler.next_deadline_s is None
+    began_s = replica.now_s
+    replica.submit(make_request("patient", adapter="x", ttft_slo_s=50.0))
+    replica.submit(make_request("hasty", adapter="x", ttft_slo_s=5.0))
+    replica.submit(make_request("easy", adapter="x"))
+    replica.timed_step()
+    assert not replica.scheduler.has_runnable
+    assert replica.scheduler.next_deadline_s == began_s + 5.0
+    replica.now_s = replica.scheduler.next_deadline_s
+    replica.collect(replica.scheduler.refuse_late(replica.now_s))
+    assert replica.finish_reason("hasty") is FinishReason.ERROR
+    assert replica.scheduler.next_deadline_s == began_s + 50.0
+    replica.end_all_loads()
+    replica.run()
+    for name in ("patient", "easy"):
+        replica.check_stream(RequestId(name))
+    assert replica.scheduler.next_deadline_s is None
 
 
 @pytest.mark.parametrize("slo_s", [0.0, -1.0, float("nan"), float("inf")])

@@ -1,5 +1,6 @@
 """Whose turn it is: flows, weights, priorities, and clustering by adapter."""
 
+import math
 from collections import Counter
 from itertools import pairwise
 
@@ -132,6 +133,48 @@ def test_a_single_request_is_overtaken_by_at_most_one_of_each_flow_that_has_had_
     later = [name for name in admissions(replica) if name not in before]
     overtaking = Counter(replica.truths[name].request.tenant for name in later[: later.index("single")])
     assert all(count <= 1 for count in overtaking.values())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 10)), min_size=1, max_size=12),
+    num_flows=st.integers(1, 6),
+    max_sequences=st.integers(1, 4),
+    num_prompt_tokens_a_step=st.integers(1, 16),
+    num_steps_before=st.integers(1, 40),
+)
+def test_saturation_by_others_delays_a_single_request_by_no_more_steps_than_the_stated_bound(
+    sizes, num_flows, max_sequences, num_prompt_tokens_a_step, num_steps_before
+):
+    """The formula of `fairness`. Every other flow's queue is kept full for as long as the request waits."""
+    replica = replica_with(
+        "busy", "quiet", max_sequences=max_sequences, max_step_tokens=max_sequences + num_prompt_tokens_a_step
+    )
+    submit(replica, ["load-busy"], adapter="busy", max_tokens=1)
+    submit(replica, ["load-quiet"], adapter="quiet", max_tokens=1)
+    replica.run()
+    count = 0
+
+    def saturate():
+        nonlocal count
+        while len(replica.scheduler._queue) < 20 * num_flows:
+            num_prompt, max_tokens = sizes[count % len(sizes)]
+            flow = {"adapter": "busy", "tenant": f"tenant-{count % num_flows}"}
+            replica.submit(make_request(f"busy-{count}", num_prompt, max_tokens, **flow))
+            count += 1
+
+    for _ in range(num_steps_before):
+        saturate()
+        replica.step()
+    submit(replica, ["single"], adapter="quiet")
+    longest_prompt, longest_output = (max(column) for column in zip(*sizes, strict=True))
+    num_steps = (num_flows // max_sequences + 1) * longest_output + 1
+    num_steps += math.ceil((max_sequences + num_flows) * longest_prompt / num_prompt_tokens_a_step)
+    for _ in range(num_steps):
+        saturate()
+        if "single" in [planned.request.request_id for planned in replica.step().sequences]:
+            break
+    assert "single" in admissions(replica)
 
 
 def test_turns_cannot_be_saved_up():

@@ -1,7 +1,6 @@
 import pytest
 
 from rekindle.engine.scheduler.admission import MAX_OVERTAKEN
-from rekindle.engine.scheduler.memory import adapter_goes_first
 from rekindle.engine.scheduler.plan import SequenceResult, StepResult
 from rekindle.engine.scheduler.scheduler import Scheduler
 from rekindle.errors import (
@@ -150,14 +149,6 @@ def test_nobody_is_admitted_in_a_step_that_preempts():
     assert planned_names(replica.plans[-1]) == ["old"]
     replica.run()
     replica.check_stream(RequestId("late"))
-
-
-@pytest.mark.parametrize(
-    ("adapter_idle_since", "prefix_idle_since", "expected"),
-    [(1, 2, True), (2, 1, False), (2, 2, False), (1, None, True), (None, 1, False)],
-)
-def test_the_next_victim_is_what_was_used_longest_ago(adapter_idle_since, prefix_idle_since, expected):
-    assert adapter_goes_first(adapter_idle_since, prefix_idle_since) is expected
 
 
 def test_a_sequence_that_lacks_pages_does_not_hold_up_those_behind_it():

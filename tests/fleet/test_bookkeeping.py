@@ -126,12 +126,12 @@ def test_a_wait_is_never_longer_than_the_longest(crashes: list[tuple[float, bool
 def test_a_full_replica_says_when_to_come_back_from_the_rate_at_which_requests_end() -> None:
     clock = ManualClock()
     admission = Admission(engine_settings(max_sequences=2, max_queued=1), clock)
-    admission.check(2)
+    admission.check(3)
     for _ in range(50):
         clock.advance(4.0)
         admission.note_departure(2)
-    with pytest.raises(Overloaded, match="3 requests are open and 3 may be") as met:
-        admission.check(3)
+    with pytest.raises(Overloaded, match="4 requests are open and 4 may be") as met:
+        admission.check(4)
     assert met.value.retry_after_s == pytest.approx(4.0, rel=0.05)
 
 

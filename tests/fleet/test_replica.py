@@ -95,7 +95,7 @@ async def test_more_requests_than_may_run_and_wait_are_refused_until_one_ends() 
         streams = [replica.generate(request(f"r{i}", ENDLESS)) for i in range(3)]
         readers = [asyncio.ensure_future(anext(stream)) for stream in streams]
         await asyncio.gather(*readers[:2])
-        with pytest.raises(Overloaded, match="3 requests are open and 3 may be") as met:
+        with pytest.raises(Overloaded, match="3 requests are open") as met:
             await collect(replica, request("late"))
         assert met.value.retry_after_s > 0
         await streams[0].aclose()

@@ -25,7 +25,7 @@ from rekindle.protocol.adapters import AdapterManifest, LoraBinding
 from rekindle.protocol.generation import FinishReason, GenerateRequest, TokenChunk, TokenLogprobs
 from rekindle.protocol.identity import AdapterDigest, ModelDigest
 from rekindle.protocol.models import ModelManifest
-from rekindle.protocol.replica import EngineReady, EngineStats
+from rekindle.protocol.replica import EngineReady, EngineStats, PoolBytes
 
 CONTEXT_TOKENS = 512
 BASE_NAME = "org/tiny:v1"
@@ -99,8 +99,11 @@ class ScriptedReplica:
         self.ready = EngineReady(100, 4096, 16, CONTEXT_TOKENS, ())
         self.stats: EngineStats | None = EngineStats(
             num_waiting=2, num_running=3, pages_total=100, pages_free=40, pages_kv_in_use=25, pages_adapter=20,
-            pages_prefix_cache=15, resident_adapters=(), prompt_tokens_total=0, generated_tokens_total=0,
-            prefix_queries_total=70, prefix_hits_total=30, preemptions_total=5, adapter_loads_total=6, steps_total=7,
+            pages_prefix_cache=15, pool_bytes=PoolBytes(1, 2, 3, 4, 5, 6, 7, 8, 9), resident_adapters=(),
+            num_adapter_loads=1, prompt_tokens_total=0, generated_tokens_total=0, prefix_queries_total=70,
+            prefix_hits_total=30, preemptions_total=5, adapter_loads_total=6, adapter_load_s_total=0.5,
+            adapter_evictions_total=8, prefix_evictions_total=9, refused_late_total=10, refused_full_total=11,
+            steps_total=7,
         )  # fmt: skip
         self._loop: asyncio.AbstractEventLoop | None = None
         self.reset()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import httpx
 import openai
 import pytest
@@ -79,6 +81,19 @@ def test_the_engines_figures_are_shown_under_vllms_names(server):
     assert value(samples, "rekindle_pages", kind="adapter") == 20
     assert value(samples, "rekindle_pages", kind="free") == 40
     assert value(samples, "rekindle_engine_ready") == 1
+
+
+def test_the_engines_memory_loads_and_refusals_are_shown(server):
+    samples = scrape(server)
+    stats = server.replica.stats
+    for kind, num_bytes in asdict(stats.pool_bytes).items():
+        assert value(samples, "rekindle_pool_bytes", kind=kind) == num_bytes
+    assert value(samples, "rekindle_adapter_loads_under_way") == stats.num_adapter_loads
+    assert value(samples, "rekindle_adapter_load_seconds_total") == stats.adapter_load_s_total
+    assert value(samples, "rekindle_adapter_evictions_total") == stats.adapter_evictions_total
+    assert value(samples, "rekindle_prefix_evictions_total") == stats.prefix_evictions_total
+    assert value(samples, "rekindle_refused_late_total") == stats.refused_late_total
+    assert value(samples, "rekindle_refused_queue_full_total") == stats.refused_full_total
 
 
 def test_requests_tokens_and_times_are_counted(server, client):

@@ -22,6 +22,7 @@ from rekindle.protocol.replica import (
     EngineReady,
     EngineSettings,
     EngineStats,
+    PoolBytes,
     RemoveAdapter,
     Shutdown,
 )
@@ -78,7 +79,9 @@ MESSAGES: list[wire.Message] = [
     EngineSettings("/m", MODEL, "bfloat16", 1 << 40, 16, 512, 64, 100, 2),
     EngineReady(10, 4096, 16, 64, (("weights", 0.5),)),
     EngineFatal("no", True),
-    EngineStats(0, 1, 2, 3, 4, 5, 6, (AdapterDigest("a"),), 7, 8, 9, 10, 11, 12, 13),
+    EngineStats(
+        0, 1, 2, 3, 4, 5, 6, PoolBytes(*range(9)), (AdapterDigest("a"),), 7, 8, 9, 10, 11, 12, 13, 0.5, *range(14, 19)
+    ),
     AbortRequest(RequestId("r")),
     AddAdapter(ADAPTER, "/a"),
     RemoveAdapter(AdapterDigest("a")),

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rekindle.clock import SystemClock
+from rekindle.clock import Clock, SystemClock
 from rekindle.engine.devices import Device
 from rekindle.engine.engine import Engine
 from rekindle.protocol.adapters import AdapterManifest
@@ -35,7 +35,12 @@ class LocalEngine:
     """An engine driven step by step by the test."""
 
     def __init__(
-        self, model_dir: Path, manifest: ModelManifest, *, device: Device | None = None, **changes: object
+        self,
+        model_dir: Path,
+        manifest: ModelManifest,
+        clock: Clock | None = None,
+        device: Device | None = None,
+        **changes: object,
     ) -> None:
         settings = {
             "model_dir": str(model_dir),
@@ -51,7 +56,12 @@ class LocalEngine:
         }
         self.model_dir, self.manifest = model_dir, manifest
         self._wakened = threading.Event()
-        self.engine = Engine(EngineSettings(**settings), SystemClock(), self._wakened.set, device)  # type: ignore[arg-type]
+        self.engine = Engine(
+            EngineSettings(**settings),  # type: ignore[arg-type]
+            clock or SystemClock(),
+            self._wakened.set,
+            device,
+        )
         self.outputs: dict[str, Output] = {}
 
     def add_adapter(self, directory: Path, manifest: AdapterManifest) -> AdapterDigest:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from hashlib import blake2b
 
 from rekindle.engine.scheduler.plan import AdapterLoad, PlannedSequence, SequenceResult, StepPlan, StepResult
@@ -23,6 +23,8 @@ BASE = ModelDigest("base")
 VOCABULARY = 7
 PAGE_TOKENS = 4
 PAGE_BYTES = 64
+TOKEN_BYTES = 15
+"""So that a page is a little longer than its tokens, as pages often are."""
 ELEMENT_BYTES = 2
 STEP_S = 0.01
 _RUBBISH = -1
@@ -40,6 +42,7 @@ def make_config(
         num_pages=num_pages,
         page_tokens=PAGE_TOKENS,
         page_bytes=PAGE_BYTES,
+        token_bytes=TOKEN_BYTES,
         element_bytes=ELEMENT_BYTES,
         max_step_tokens=max_step_tokens,
         max_sequences=max_sequences,
@@ -296,9 +299,9 @@ class Replica:
     def end_load(self, digest: AdapterDigest, error: str | None = None) -> None:
         self.device.finish_load(digest, succeeds=error is None)
         if error is None:
-            self.scheduler.adapter_loaded(digest)
+            self.scheduler.adapter_loaded(digest, self.now_s)
         else:
-            self.collect(self.scheduler.adapter_failed(digest, error))
+            self.collect(self.scheduler.adapter_failed(digest, error, self.now_s))
 
     def end_all_loads(self) -> None:
         for digest in tuple(self.device.loads):
@@ -335,6 +338,7 @@ class Replica:
         if self._in_flight and (len(self._in_flight) >= self.depth or not plan.sequences):
             self.execute_and_commit()
         self.scheduler.check_integrity()
+        self._check_bytes()
         return plan
 
     def run(self, max_steps: int = 2000) -> None:
@@ -388,6 +392,17 @@ class Replica:
             assert chunks[0].prompt_logprobs == truth.prompt_logprobs()
         else:
             assert chunks[0].prompt_logprobs is None
+
+    def _check_bytes(self) -> None:
+        """Every byte of the pool is reported once, and those of adapters are where the device has them."""
+        report = self.scheduler.stats().pool_bytes
+        assert min(astuple(report)) >= 0
+        assert sum(astuple(report)) == self.config.num_pages * PAGE_BYTES
+        num_loading = sum(len(load.pages) for load in self.device.loads.values())
+        num_resident = sum(len(pages) for pages in self.device.adapters.values())
+        assert -(-report.adapters_loading // PAGE_BYTES) <= num_loading
+        adapter_bytes = report.adapters_in_use + report.adapters_loading + report.adapters_idle
+        assert adapter_bytes + report.waste_adapter_tails <= (num_loading + num_resident) * PAGE_BYTES
 
     def _check_budgets(self, plan: StepPlan) -> None:
         assert plan.num_tokens <= self.config.max_step_tokens

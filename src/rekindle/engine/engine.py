@@ -1,6 +1,8 @@
 """One replica on one device: the scheduler, the runner and the adapters' memory, joined.
 
 `step` is the whole loop body: take in finished adapter loads, plan, act, commit. Everything here belongs to one thread.
+When the last sequence has ended, the page accounts are checked; an error in them ends the engine, because what it would
+go on to compute cannot be trusted.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from rekindle.store.model_layout import tensor_shapes
 from rekindle.units import format_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CHECK_INTERVAL_S = 10.0
+"""How far apart checks of the page accounts are at least: each takes time in proportion to the pool."""
 _MIN_PAGES = 4
 
 
@@ -94,12 +98,15 @@ class Engine:
         self._vocab_size = arch.vocab_size
         self._answers: list[TokenChunk] = []
         self._clock = clock
+        self._is_checked = True
+        self._next_check_s = clock.monotonic_s()
         self._scheduler = Scheduler(
             SchedulerConfig(
                 base=settings.model.digest,
                 num_pages=num_pages,
                 page_tokens=settings.page_tokens,
                 page_bytes=page_bytes,
+                token_bytes=arch.num_layers * 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize,
                 element_bytes=dtype.itemsize,
                 max_step_tokens=settings.max_step_tokens,
                 max_sequences=settings.max_sequences,
@@ -120,6 +127,11 @@ class Engine:
     def has_runnable(self) -> bool:
         """Whether `step` may have something to do or to say."""
         return bool(self._answers) or self._scheduler.has_runnable or self._adapters.has_finished
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When `step` is to be called though nothing is runnable, by the engine's clock; None if nothing is due."""
+        return self._scheduler.next_deadline_s
 
     def add_adapter(self, manifest: AdapterManifest, path: str) -> None:
         """Make a version known; its bytes are read when a request first needs them."""
@@ -146,20 +158,25 @@ class Engine:
         self._check_vocabulary(request.prompt_token_ids, "prompt")
         self._check_vocabulary([token_id for token_id, _ in request.sampling.logit_bias], "logit_bias")
         self._answers += self._scheduler.submit(request, self._clock.monotonic_s())
+        self._is_checked = False
 
     def abort(self, request_id: RequestId) -> None:
         """Stop a sequence; unknown ids are ignored."""
         self._answers += self._scheduler.abort(request_id)
 
     def step(self) -> list[TokenChunk]:
-        """Run one step if there is something to run; returns what sequences gained since the last call."""
+        """Run one step if there is something to run; returns what sequences gained since the last call.
+
+        Raises:
+            InternalError: the page accounts do not agree, as is found when the engine becomes idle.
+        """
         chunks, self._answers = self._answers, []
+        now_s = self._clock.monotonic_s()
         for outcome in self._adapters.finished():
             if outcome.error is None:
-                self._scheduler.adapter_loaded(outcome.digest)
+                self._scheduler.adapter_loaded(outcome.digest, now_s)
             else:
-                chunks += self._scheduler.adapter_failed(outcome.digest, outcome.error)
-        now_s = self._clock.monotonic_s()
+                chunks += self._scheduler.adapter_failed(outcome.digest, outcome.error, now_s)
         chunks += self._scheduler.refuse_late(now_s)
         plan = self._scheduler.schedule(now_s)
         for digest in plan.evicted:
@@ -174,6 +191,7 @@ class Engine:
             chunks += self._scheduler.commit(plan, result)
             self._runner.between_steps()
             self._advance_merging(plan, step_s)
+        self._check_when_idle()
         return chunks
 
     def _advance_merging(self, plan: StepPlan, step_s: float) -> None:
@@ -184,6 +202,15 @@ class Engine:
     def stats(self) -> EngineStats:
         """Load and memory as of now."""
         return self._scheduler.stats()
+
+    def _check_when_idle(self) -> None:
+        if self._is_checked or self._scheduler.has_work:
+            return
+        now_s = self._clock.monotonic_s()
+        if now_s >= self._next_check_s:
+            self._scheduler.check_integrity()
+            self._is_checked = True
+            self._next_check_s = now_s + CHECK_INTERVAL_S
 
     def _check_vocabulary(self, token_ids: Sequence[int], field: str) -> None:
         highest, lowest = max(token_ids, default=0), min(token_ids, default=0)

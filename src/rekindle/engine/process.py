@@ -47,13 +47,16 @@ class EngineLike(Protocol):
     `submit` raises RequestError or RetryLater for what it does not take. `step` computes one step if something can run
     and returns what sequences gained since the last call. `has_runnable` is False from a step without effect on until
     something changes; what changes outside of a call, such as a finished adapter load, is told through the `wake` that
-    the engine was made with, from any thread.
+    the engine was made with, from any thread. At `next_deadline_s`, by the clock the engine was made with, time alone
+    gives `step` something to say.
     """
 
     @property
     def ready(self) -> EngineReady: ...
     @property
     def has_runnable(self) -> bool: ...
+    @property
+    def next_deadline_s(self) -> float | None: ...
     def add_adapter(self, manifest: AdapterManifest, path: str) -> None: ...
     def remove_adapter(self, digest: AdapterDigest) -> None: ...
     def submit(self, request: GenerateRequest) -> None: ...
@@ -124,9 +127,12 @@ class EngineProcess:
             engine.close()
 
     def _take_messages(self, engine: EngineLike) -> bool:
-        """Act on all messages at hand; wait for one if the engine has nothing to run. False: shut down."""
+        """Act on all messages at hand; wait for one if the engine has nothing to run, until it is time for a sign of
+        life or for the engine to look again. False: shut down."""
         block = not engine.has_runnable
         timeout_s = None if self._is_settled else HEARTBEAT_S
+        if block and (deadline_s := engine.next_deadline_s) is not None:
+            timeout_s = min(HEARTBEAT_S, max(deadline_s - self._clock.monotonic_s(), 0.0))
         while True:
             try:
                 message = self._inbox.get(block, timeout_s)

@@ -9,10 +9,12 @@ from rekindle.protocol.replica import EngineSettings
 
 
 class Admission:
-    """As many requests may be open as an engine may run and keep waiting."""
+    """As many requests may be open as an engine may run and twice as many as it may keep waiting. Whom a full queue
+    turns away is the engine's choice, which takes that the newcomer reaches it; the bound here is on how many may be
+    under way to an engine that is busy or not there."""
 
     def __init__(self, settings: EngineSettings, clock: Clock) -> None:
-        self._max_open = settings.max_sequences + settings.max_queued
+        self._max_open = settings.max_sequences + 2 * settings.max_queued
         self._clock = clock
         self._departures = DepartureRate()
 
@@ -20,7 +22,7 @@ class Admission:
         """Raise Overloaded, with a time from the rate at which requests ended lately, if no more may be opened."""
         if num_open >= self._max_open:
             raise Overloaded(
-                f"{num_open} requests are open and {self._max_open} may be (max_sequences + max_queued); try again "
+                f"{num_open} requests are open and {self._max_open} may be (max_sequences + 2 * max_queued); try again "
                 "later, or raise max_queued",
                 retry_after_s=self._departures.expected_wait_s(self._clock.monotonic_s()),
             )

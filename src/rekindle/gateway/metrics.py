@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,7 +19,7 @@ from prometheus_client.registry import Collector
 from rekindle.clock import Clock
 from rekindle.gateway.seams import ServedBase
 from rekindle.protocol.generation import FinishReason
-from rekindle.protocol.replica import EngineStats
+from rekindle.protocol.replica import EngineStats, PoolBytes
 
 MODEL = "model_name"
 FIRST_TOKEN_BUCKETS_S = (
@@ -162,6 +163,7 @@ class _EngineCollector(Collector):
         yield from _gauges(known)
         yield from _counters(known)
         yield self._pages(known)
+        yield _pool_bytes(known)
         yield self._adapters_in_use(known)
         yield _merged(known)
         up = GaugeMetricFamily("rekindle_engine_ready", "1 while the engine takes requests.", labels=(MODEL,))
@@ -201,17 +203,28 @@ class _EngineCollector(Collector):
         return info
 
 
+def _pool_bytes(known: Sequence[tuple[str, EngineStats]]) -> Metric:
+    text = "Bytes of the page pool, by use; the kinds sum to the pool."
+    family = GaugeMetricFamily("rekindle_pool_bytes", text, labels=(MODEL, "kind"))
+    for name, stats in known:
+        for kind in fields(PoolBytes):
+            family.add_metric((name, kind.name), getattr(stats.pool_bytes, kind.name))
+    return family
+
+
 def _gauges(known: Sequence[tuple[str, EngineStats]]) -> Iterator[Metric]:
     running = GaugeMetricFamily("vllm:num_requests_running", "Sequences in the batch.", labels=(MODEL,))
     waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Sequences that wait to be scheduled.", labels=(MODEL,))
     kv_use = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Pages in use for KV, from 0 to 1.", labels=(MODEL,))
     resident = GaugeMetricFamily("rekindle_adapters_resident", "Adapters in device memory.", labels=(MODEL,))
+    loading = GaugeMetricFamily("rekindle_adapter_loads_under_way", "Adapters being loaded.", labels=(MODEL,))
     for name, stats in known:
         running.add_metric((name,), stats.num_running)
         waiting.add_metric((name,), stats.num_waiting)
         kv_use.add_metric((name,), stats.pages_kv_in_use / max(1, stats.pages_total))
         resident.add_metric((name,), len(stats.resident_adapters))
-    yield from (running, waiting, kv_use, resident)
+        loading.add_metric((name,), stats.num_adapter_loads)
+    yield from (running, waiting, kv_use, resident, loading)
 
 
 def _merged(known: Sequence[tuple[str, EngineStats]]) -> Metric:
@@ -230,6 +243,11 @@ def _counters(known: Sequence[tuple[str, EngineStats]]) -> Iterator[Metric]:
         ("vllm:prefix_cache_hits", "prefix_hits_total", "Prompt tokens found in the prefix cache."),
         ("vllm:num_preemptions", "preemptions_total", "Sequences put back because pages ran out."),
         ("rekindle_adapter_loads", "adapter_loads_total", "Adapters brought into device memory."),
+        ("rekindle_adapter_load_seconds", "adapter_load_s_total", "Time in which adapters were being loaded."),
+        ("rekindle_adapter_evictions", "adapter_evictions_total", "Adapters evicted to make room."),
+        ("rekindle_prefix_evictions", "prefix_evictions_total", "Pages of cached prefixes evicted to make room."),
+        ("rekindle_refused_late", "refused_late_total", "Requests that could not have their first token in time."),
+        ("rekindle_refused_queue_full", "refused_full_total", "Requests that a full queue turned away."),
         ("rekindle_steps", "steps_total", "Forward passes."),
         ("rekindle_steps_merged", "steps_merged_total", "Forward passes with an adapter merged into the weights."),
     ):

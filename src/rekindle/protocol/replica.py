@@ -74,9 +74,34 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolBytes:
+    """Where the bytes of the page pool are: what is held, what is free and what is wasted sum to the pool.
+
+    Adapters are `in_use` while sequences run with them, `idle` when they are kept for the next. A KV page that several
+    sequences share counts once. Wasted are the unused tail of an adapter's last page, that of a running sequence's
+    last page, and what a page is longer than the keys and values of its tokens.
+    """
+
+    adapters_in_use: int
+    adapters_loading: int
+    adapters_idle: int
+    kv_in_use: int
+    prefix_cache: int
+    free: int
+    waste_adapter_tails: int
+    waste_kv_tails: int
+    waste_padding: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot of the engine's load and memory, sent about once a second while anything changes. `merged_adapter` is
-    the adapter that the latest step found in its weights, `steps_merged_total` the number of steps that found any."""
+    """A snapshot of the engine's load and memory, sent about once a second while anything changes.
+
+    Evictions are those that made room for something else: `prefix_evictions_total` counts pages. `refused_late_total`
+    counts requests that could not have their first token in time, `refused_full_total` those a full queue turned away.
+    `merged_adapter` is the adapter that the latest step found in its weights, `steps_merged_total` the number of steps
+    that found any.
+    """
 
     num_waiting: int
     num_running: int
@@ -85,13 +110,20 @@ class EngineStats:
     pages_kv_in_use: int
     pages_adapter: int
     pages_prefix_cache: int
+    pool_bytes: PoolBytes
     resident_adapters: tuple[AdapterDigest, ...]
+    num_adapter_loads: int
     prompt_tokens_total: int
     generated_tokens_total: int
     prefix_queries_total: int
     prefix_hits_total: int
     preemptions_total: int
     adapter_loads_total: int
+    adapter_load_s_total: float
+    adapter_evictions_total: int
+    prefix_evictions_total: int
+    refused_late_total: int
+    refused_full_total: int
     steps_total: int
     merged_adapter: AdapterDigest | None = None
     steps_merged_total: int = 0

@@ -25,11 +25,11 @@ from rekindle.errors import ConfigurationError, InvalidRequest, NotFound, Overlo
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.generation import FinishReason, GenerateRequest, TokenChunk, TokenLogprobs
 from rekindle.protocol.identity import AdapterDigest, RequestId
-from rekindle.protocol.replica import EngineReady, EngineSettings, EngineStats
+from rekindle.protocol.replica import EngineReady, EngineSettings, EngineStats, PoolBytes
 
 VOCABULARY_TOKENS = 1000
-NUM_PAGES = 1000
-"""Of the page pool it claims to have. A sequence counts as one page."""
+NUM_PAGES, PAGE_BYTES = 1000, 4096
+"""Of the page pool it claims to have. A sequence counts as one full page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +85,10 @@ class FakeEngine:
         self._num_generated: dict[RequestId, int] = {}
         self._adapters: set[AdapterDigest] = set()
         self._answers: list[TokenChunk] = []
-        self._num_steps = self._num_tokens = 0
+        self._num_steps = self._num_tokens = self._num_refused = 0
         self.ready = EngineReady(
             num_pages=NUM_PAGES,
-            page_bytes=4096,
+            page_bytes=PAGE_BYTES,
             page_tokens=settings.page_tokens,
             max_context_tokens=settings.model.context_length,
             parts_s=(),
@@ -97,6 +97,10 @@ class FakeEngine:
     @property
     def has_runnable(self) -> bool:
         return bool(self._sequences or self._answers)
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        return None
 
     def add_adapter(self, manifest: AdapterManifest, path: str) -> None:
         """Make a version known; its file is not read."""
@@ -113,6 +117,7 @@ class FakeEngine:
             raise NotFound(f"adapter version {request.adapter} is unknown here", field="model", code="model_not_found")
         settings = self._settings
         if not request.epoch and len(self._sequences) >= settings.max_sequences + settings.max_queued:
+            self._num_refused += 1
             raise Overloaded(f"{len(self._sequences)} requests are open already", retry_after_s=1.0)
         generated = request.generated_token_ids
         if any(token != _token(request, position) for position, token in enumerate(generated)):
@@ -145,13 +150,30 @@ class FakeEngine:
             pages_kv_in_use=num_running,
             pages_adapter=0,
             pages_prefix_cache=0,
+            pool_bytes=PoolBytes(
+                adapters_in_use=0,
+                adapters_loading=0,
+                adapters_idle=0,
+                kv_in_use=num_running * PAGE_BYTES,
+                prefix_cache=0,
+                free=(NUM_PAGES - num_running) * PAGE_BYTES,
+                waste_adapter_tails=0,
+                waste_kv_tails=0,
+                waste_padding=0,
+            ),
             resident_adapters=tuple(sorted(self._adapters)),
+            num_adapter_loads=0,
             prompt_tokens_total=0,
             generated_tokens_total=self._num_tokens,
             prefix_queries_total=0,
             prefix_hits_total=0,
             preemptions_total=0,
             adapter_loads_total=0,
+            adapter_load_s_total=0.0,
+            adapter_evictions_total=0,
+            prefix_evictions_total=0,
+            refused_late_total=0,
+            refused_full_total=self._num_refused,
             steps_total=self._num_steps,
         )
 

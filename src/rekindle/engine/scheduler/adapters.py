@@ -2,7 +2,8 @@
 
 Only the accounting: the bytes are read by whoever carries out an `AdapterLoad`. A version is pinned by every sequence
 that runs with it and referenced by every unfinished one. A ready version without pins is idle: it stays until its
-pages are needed. A removed version is forgotten with its last reference.
+pages are needed. While an unfinished sequence refers to it, an idle version is awaited. A removed version is forgotten
+with its last reference.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from rekindle.engine.scheduler.config import SchedulerConfig
+from rekindle.engine.scheduler.eviction import COLD, EvictionOrder, ReuseShare, log_price, warmth_after_use
+from rekindle.engine.scheduler.load_times import LoadTimes
 from rekindle.engine.scheduler.plan import AdapterLoad
 from rekindle.engine.scheduler.pool import PagePool
 from rekindle.errors import AdapterRejected, InternalError, NotFound
 from rekindle.protocol.adapters import ADAPTER_LAYOUT, AdapterManifest
 from rekindle.protocol.identity import AdapterDigest
+
+_PRICE_TOLERANCE = 0.25
+"""By how much a fitted cost may move before idle versions are put in order anew, which takes all of them."""
 
 
 class Residency(Enum):
@@ -30,36 +36,36 @@ class Residency(Enum):
 @dataclass(slots=True)
 class _Version:
     manifest: AdapterManifest
+    num_bytes: int
     num_pages: int
     residency: Residency = Residency.ABSENT
     pages: tuple[int, ...] = ()
     num_pins: int = 0
     num_references: int = 0
     is_removed: bool = False
+    warmth: float = COLD
 
 
 class AdapterCache:
-    """Adapter versions by digest, and the idle ones in the order of their last use."""
+    """Adapter versions by digest. `idle` and `awaited` are the idle versions nobody waits for and those somebody does,
+    in the order of their value: see `eviction`."""
 
     def __init__(self, config: SchedulerConfig, pool: PagePool) -> None:
         self._config = config
         self._pool = pool
         self._versions: dict[AdapterDigest, _Version] = {}
-        self._idle_since: dict[AdapterDigest, int] = {}
+        self.idle: EvictionOrder[AdapterDigest] = EvictionOrder()
+        self.awaited: EvictionOrder[AdapterDigest] = EvictionOrder()
+        self.reuse = ReuseShare()
+        self.loads = LoadTimes()
         self._evicted: list[AdapterDigest] = []
         self._num_pages_used = 0
-        self._num_pages_idle = 0
-        self._num_loads = 0
+        self._prices = self.loads.coefficients
 
     @property
     def num_pages_used(self) -> int:
         """Pages of all versions loading or ready."""
         return self._num_pages_used
-
-    @property
-    def num_loads(self) -> int:
-        """Loads begun so far."""
-        return self._num_loads
 
     @property
     def resident(self) -> tuple[AdapterDigest, ...]:
@@ -68,6 +74,19 @@ class AdapterCache:
     @property
     def pages_in_use(self) -> tuple[int, ...]:
         return tuple(page for version in self._versions.values() for page in version.pages)
+
+    def bytes_by_use(self) -> tuple[int, int, int]:
+        """Bytes of the versions that sequences run with, of those loading, and of the idle ones; without the tails of
+        their last pages."""
+        in_use = loading = idle = 0
+        for version in self._versions.values():
+            if version.residency is Residency.LOADING:
+                loading += version.num_bytes
+            elif version.num_pins:
+                in_use += version.num_bytes
+            elif version.residency is Residency.READY:
+                idle += version.num_bytes
+        return in_use, loading, idle
 
     def add(self, manifest: AdapterManifest) -> None:
         """Make a version known; adding it again, even after its removal, keeps what is known of it.
@@ -88,7 +107,7 @@ class AdapterCache:
             )
         num_bytes = manifest.num_elements * self._config.element_bytes
         version = self._versions.setdefault(
-            manifest.digest, _Version(manifest, num_pages=-(-num_bytes // self._config.page_bytes))
+            manifest.digest, _Version(manifest, num_bytes, -(-num_bytes // self._config.page_bytes))
         )
         version.is_removed = False
 
@@ -101,6 +120,15 @@ class AdapterCache:
 
     def num_pages_of(self, digest: AdapterDigest) -> int:
         return self._versions[digest].num_pages
+
+    def seconds_to_load(self, digest: AdapterDigest, now_s: float) -> float:
+        """How long a load begun now is likely to take, after those under way."""
+        before_s = max(self.loads.seconds_left(now_s).values(), default=0.0)
+        return before_s + self.load_s(digest)
+
+    def load_s(self, digest: AdapterDigest) -> float:
+        """How long a load is likely to take by itself."""
+        return self.loads.load_s(self._versions[digest].num_bytes)
 
     def residency(self, digest: AdapterDigest) -> Residency:
         return self._versions[digest].residency
@@ -116,13 +144,18 @@ class AdapterCache:
                 code="model_not_found",
             )
 
-    def reference(self, digest: AdapterDigest) -> None:
-        """Count an unfinished sequence."""
-        self._versions[digest].num_references += 1
+    def reference(self, digest: AdapterDigest, now_s: float) -> None:
+        """Count an unfinished sequence, which is a use of the version."""
+        version = self._versions[digest]
+        version.num_references += 1
+        self.reuse.note(*((1, 0) if version.warmth == COLD else (0, 1)))
+        version.warmth = warmth_after_use(version.warmth, now_s)
+        self._place(version)
 
     def unreference(self, digest: AdapterDigest) -> None:
         version = self._versions[digest]
         version.num_references -= 1
+        self._place(version)
         self._forget_if_done(version)
 
     def pin(self, digest: AdapterDigest) -> None:
@@ -130,19 +163,16 @@ class AdapterCache:
         version = self._versions[digest]
         if version.residency is not Residency.READY:
             raise InternalError(f"adapter {digest} is {version.residency.name} and cannot be run with")
-        if version.num_pins == 0:
-            del self._idle_since[digest]
-            self._num_pages_idle -= version.num_pages
         version.num_pins += 1
+        self._place(version)
 
-    def unpin(self, digest: AdapterDigest, now: int) -> None:
+    def unpin(self, digest: AdapterDigest) -> None:
         version = self._versions[digest]
         version.num_pins -= 1
-        if version.num_pins == 0:
-            self._set_idle(version, now)
-            self._forget_if_done(version)
+        self._place(version)
+        self._forget_if_done(version)
 
-    def begin_load(self, digest: AdapterDigest, pages: tuple[int, ...]) -> AdapterLoad:
+    def begin_load(self, digest: AdapterDigest, pages: tuple[int, ...], now_s: float) -> AdapterLoad:
         """Hand `pages` to an absent version; they are its own until it is evicted or its load fails."""
         version = self._versions[digest]
         if version.residency is not Residency.ABSENT or len(pages) != version.num_pages:
@@ -153,40 +183,43 @@ class AdapterCache:
         version.residency = Residency.LOADING
         version.pages = pages
         self._num_pages_used += len(pages)
-        self._num_loads += 1
+        self.loads.begin(digest, version.num_bytes, now_s)
         return AdapterLoad(version.manifest, pages)
 
-    def end_load(self, digest: AdapterDigest, now: int) -> None:
+    def end_load(self, digest: AdapterDigest, now_s: float) -> None:
         """The version's bytes are in its pages."""
         version = self._loading(digest)
+        self.loads.end(digest, now_s, succeeded=True)
         version.residency = Residency.READY
-        self._set_idle(version, now)
+        self._place(version)
+        self._reprice()
         self._forget_if_done(version)
 
-    def fail_load(self, digest: AdapterDigest) -> None:
+    def fail_load(self, digest: AdapterDigest, now_s: float) -> None:
         """The version's bytes will not come; it is absent again and its pages are free."""
         version = self._loading(digest)
+        self.loads.end(digest, now_s, succeeded=False)
         self._give_pages_back(version)
         self._forget_if_done(version)
 
-    def idle_since(self, keep: Collection[AdapterDigest]) -> int | None:
-        """The moment of the last use of the version that `evict_oldest` would take."""
-        return next((now for digest, now in self._idle_since.items() if digest not in keep), None)
-
     def num_pages_idle(self, keep: Collection[AdapterDigest]) -> int:
-        """Pages that evicting every idle version outside `keep` would free."""
-        kept = sum(self._versions[digest].num_pages for digest in keep if digest in self._idle_since)
-        return self._num_pages_idle - kept
+        """Pages that evicting every idle version outside `keep`, whose versions somebody waits for, would free."""
+        kept = sum(self.awaited.num_pages_of(digest) for digest in keep)
+        return self.idle.num_pages + self.awaited.num_pages - kept
 
-    def evict_oldest(self, keep: Collection[AdapterDigest]) -> None:
-        """Free the pages of the idle version outside `keep` whose last use is longest ago.
+    def value(self, digest: AdapterDigest, warmth: float) -> float:
+        """The logarithm of what keeping the version is worth, a byte, at a warmth."""
+        version = self._versions[digest]
+        return log_price(self.load_s(digest), version.num_pages * self._config.page_bytes) + warmth
+
+    def evict(self, digest: AdapterDigest) -> None:
+        """Free the pages of an idle version.
 
         Raises:
-            InternalError: there is none.
+            InternalError: it is not idle.
         """
-        digest = next((digest for digest in self._idle_since if digest not in keep), None)
-        if digest is None:
-            raise InternalError("no adapter is idle: nothing can be evicted from the adapter cache")
+        if digest not in self.idle and digest not in self.awaited:
+            raise InternalError(f"adapter {digest} is not idle and cannot be evicted")
         self._evict(self._versions[digest])
 
     def take_evicted(self) -> tuple[AdapterDigest, ...]:
@@ -199,14 +232,16 @@ class AdapterCache:
         """Raise InternalError unless the counts agree with the versions."""
         versions = self._versions
         idle = {key for key, it in versions.items() if it.residency is Residency.READY and it.num_pins == 0}
-        if idle != self._idle_since.keys():
-            raise InternalError(f"adapters {sorted(idle)} have no pins, but {sorted(self._idle_since)} are idle")
-        counted = (len(self.pages_in_use), sum(versions[digest].num_pages for digest in idle))
-        if counted != (self._num_pages_used, self._num_pages_idle):
+        awaited = {key for key in idle if versions[key].num_references}
+        if awaited != set(self.awaited) or idle - awaited != set(self.idle):
             raise InternalError(
-                f"adapters use {counted[0]} pages, {counted[1]} of them idle, "
-                f"but {self._num_pages_used} and {self._num_pages_idle} are on record"
+                f"adapters {sorted(idle)} have no pins and {sorted(awaited)} of them are awaited, but "
+                f"{sorted(self.idle)} and {sorted(self.awaited)} are on record"
             )
+        counted = (len(self.pages_in_use), sum(versions[digest].num_pages for digest in idle))
+        recorded = (self._num_pages_used, self.idle.num_pages + self.awaited.num_pages)
+        if counted != recorded:
+            raise InternalError(f"adapters use {counted[0]} pages, {counted[1]} of them idle, but {recorded} are known")
 
     def _loading(self, digest: AdapterDigest) -> _Version:
         version = self._versions.get(digest)
@@ -214,9 +249,22 @@ class AdapterCache:
             raise InternalError(f"the end of a load of adapter {digest} was reported, but none is under way")
         return version
 
-    def _set_idle(self, version: _Version, now: int) -> None:
-        self._idle_since[version.manifest.digest] = now
-        self._num_pages_idle += version.num_pages
+    def _place(self, version: _Version) -> None:
+        """Put a version into the order that it belongs to, if it is idle."""
+        digest = version.manifest.digest
+        self.idle.discard(digest)
+        self.awaited.discard(digest)
+        if version.residency is Residency.READY and version.num_pins == 0:
+            order = self.awaited if version.num_references else self.idle
+            order.set(digest, self.value(digest, version.warmth), version.num_pages)
+
+    def _reprice(self) -> None:
+        """Order idle versions anew if loads turn out to cost otherwise than when they were put in order."""
+        prices = self.loads.coefficients
+        if any(abs(new - old) > _PRICE_TOLERANCE * old for new, old in zip(prices, self._prices, strict=True)):
+            self._prices = prices
+            for digest in (*self.idle, *self.awaited):
+                self._place(self._versions[digest])
 
     def _forget_if_done(self, version: _Version) -> None:
         if not version.is_removed or version.num_references or version.num_pins:
@@ -228,8 +276,6 @@ class AdapterCache:
         del self._versions[version.manifest.digest]
 
     def _evict(self, version: _Version) -> None:
-        del self._idle_since[version.manifest.digest]
-        self._num_pages_idle -= version.num_pages
         self._evicted.append(version.manifest.digest)
         self._give_pages_back(version)
 
@@ -238,3 +284,4 @@ class AdapterCache:
         self._num_pages_used -= len(version.pages)
         version.pages = ()
         version.residency = Residency.ABSENT
+        self._place(version)

@@ -3,18 +3,23 @@
 The queue says whose turn it is, but a sequence which cannot join now does not hold up those behind it. One whose
 adapter is on its way waits for it outside the batch. One that lacks pages may be overtaken `MAX_OVERTAKEN` times; from
 then on nobody behind it is admitted until it is, so the running sequences drain and its pages come free.
+
+Adapters of sequences that the batch has room for are loaded at once; what is loaded for others is `prefetch`'s matter,
+and for nobody behind a sequence that lacks pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from enum import Enum, auto
+from itertools import chain
 
 from rekindle.engine.scheduler.adapters import Residency
 from rekindle.engine.scheduler.config import SchedulerConfig
 from rekindle.engine.scheduler.draft import StepDraft
 from rekindle.engine.scheduler.fairness import PROMPT_TOKEN_COST, FlowCounters
 from rekindle.engine.scheduler.memory import PageMemory
+from rekindle.engine.scheduler.prefetch import LoadsAhead
 from rekindle.engine.scheduler.sequence import Sequence, adapters_of
 from rekindle.engine.scheduler.waiting import WaitingQueue
 from rekindle.protocol.identity import AdapterDigest
@@ -34,7 +39,8 @@ class _Outcome(Enum):
 
 class Admission:
     """One pass over the queue. `is_complete` tells, after `run`, that another pass would admit nobody as long as no
-    sequence arrives, leaves or gives pages back and no adapter's load ends."""
+    sequence arrives, leaves or gives pages back and no adapter's load ends. `loads_ahead` begins loads for those whose
+    turn has not come."""
 
     def __init__(
         self,
@@ -42,6 +48,7 @@ class Admission:
         memory: PageMemory,
         counters: FlowCounters,
         draft: StepDraft,
+        loads_ahead: LoadsAhead,
         running: Collection[Sequence],
         now_s: float,
     ) -> None:
@@ -53,8 +60,9 @@ class Admission:
         self._memory = memory
         self._counters = counters
         self._draft = draft
+        self._loads_ahead = loads_ahead
         self._now_s = now_s
-        self._num_running = len(running)
+        self._running = running
         self._active = adapters_of(running)
         self._overtaken: list[Sequence] = []
         self._keep: set[AdapterDigest] = set()
@@ -63,10 +71,13 @@ class Admission:
 
     def run(self, queue: WaitingQueue) -> None:
         """Plan first positions of sequences and loads of adapters into the draft; take the admitted off the queue."""
-        for sequence in queue.in_turn(self._active, self._now_s):
+        turns = queue.in_turn(self._active, self._now_s)
+        for sequence in turns:
             if self._draft.tokens_left == 0:
+                self._load_ahead(sequence, turns)
                 return
-            if self._num_running + len(self.admitted) >= self._config.max_sequences:
+            if len(self._running) + len(self.admitted) >= self._config.max_sequences:
+                self._load_ahead(sequence, turns)
                 break
             outcome = self._consider(sequence)
             if outcome is _Outcome.ADMITTED:
@@ -75,6 +86,9 @@ class Admission:
             elif self._ends_pass(sequence, outcome):
                 break
         self.is_complete = True
+
+    def _load_ahead(self, first: Sequence, others: Iterable[Sequence] = ()) -> None:
+        self._loads_ahead.begin(chain((first,), others), (*self._running, *self.admitted))
 
     def _join(self, sequence: Sequence) -> None:
         for overtaken in self._overtaken:
@@ -100,7 +114,9 @@ class Admission:
                 )
                 return True
             self._overtaken.append(sequence)
-        self._num_misfits += lacks_pages
+        if lacks_pages:
+            self._loads_ahead.end()
+            self._num_misfits += 1
         return self._num_misfits >= MAX_MISFITS
 
     def _consider(self, sequence: Sequence) -> _Outcome:
@@ -118,13 +134,15 @@ class Admission:
 
     def _load_adapter(self, sequence: Sequence, digest: AdapterDigest) -> _Outcome:
         """Begin to load if the sequence could also run afterwards, and only for as many as the batch has room for."""
-        if self._num_running + len(self.admitted) + self._num_awaiting >= self._config.max_sequences:
+        if len(self._running) + len(self.admitted) + self._num_awaiting >= self._config.max_sequences:
+            self._load_ahead(sequence)
             return _Outcome.AWAITS_ADAPTER
         num_pages = self._memory.adapters.num_pages_of(digest)
         if not self._can_have(sequence, num_pages + self._config.pages_for_tokens(len(sequence.tokens))):
+            self._load_ahead(sequence)
             return _Outcome.LACKS_PAGES
         pages = self._memory.take(num_pages, self._keep)
-        self._draft.loads.append(self._memory.adapters.begin_load(digest, pages))
+        self._draft.loads.append(self._memory.adapters.begin_load(digest, pages, self._now_s))
         self._num_awaiting += 1
         return _Outcome.AWAITS_ADAPTER
 
@@ -145,7 +163,7 @@ class Admission:
 
     def _can_have(self, sequence: Sequence, num_pages: int) -> bool:
         """One page is left for each running sequence, so that none is preempted by the admission's next token."""
-        num_spare = self._num_running + len(self.admitted)
+        num_spare = len(self._running) + len(self.admitted)
         num_available = self._memory.num_available(self._keep)
         if num_pages + num_spare <= num_available:
             return True

@@ -5,6 +5,20 @@ A flow is one tenant's use of one adapter, or of the base alone. Its counter hol
 its weight; of the flows that wait, the one with the least goes first. A flow that was idle starts no lower than the
 least of those that are active, so that nobody saves up turns. Two flows that both wait all the time are never served
 tokens that differ by more than the largest request and the largest batch; see the paper's theorem 4.4.
+
+What others, at whatever load, can cost a single request: let its flow be new, or have been served no more than the
+least of the F flows that wait when it comes, all of one priority. At most one sequence of each of them is admitted
+before it, since that one's tokens and turn put its flow behind. It is therefore planned within
+
+    (F // B + 1) * O + ceil((B + F) * P / (C - B)) + 1 steps
+
+for B = max_sequences, C = max_step_tokens > B, prompts of at most P tokens and outputs of at most O: until then the B
+sequences that ran when it came, and the F, are all that run. A step either spends C - B tokens or more on their
+prompts, of which there are (B + F) * P, or has tokens to spare; then every place is taken and each sequence gains a
+token, and of B places one has seen no more than F // B of these sequences end. With one other flow, however busy, and
+two places or more that is the length of one output and the time of the prompts. This supposes pages for a full batch.
+To it come the load of its adapter, if that is absent and takes longer, and with `MANY_ADAPTERS` others in the batch the
+bounds of clustering (see `waiting`); times the longest step, the steps are seconds.
 """
 
 from __future__ import annotations

@@ -42,9 +42,11 @@ class LinearModel:
 
     def predict(self, features: Seq[float]) -> float:
         """What work of these features is likely to take."""
-        return sum(value * feature for value, feature in zip(self._fit(), features, strict=True))
+        return sum(value * feature for value, feature in zip(self.coefficients, features, strict=True))
 
-    def _fit(self) -> tuple[float, ...]:
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """What one of each feature adds, as fitted so far."""
         if self._fitted is None:
             self._fitted = self._fit_non_negative()
         return self._fitted

@@ -1,49 +1,61 @@
 """The one pool of pages and what is cached in it: pages are found by evicting what is idle.
 
-Running sequences' pages and adapters are never evicted; what cannot be had here takes a preemption, which is the
-scheduler's decision.
+What is worth least goes first, be it an adapter or a page of a cached prefix; see `eviction`. Idle adapters that
+somebody in the queue waits to run with go last. Running sequences' pages and adapters are never evicted; what cannot
+be had here takes a preemption, which is the scheduler's decision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable, Iterator
+from heapq import merge
+from operator import itemgetter
+from typing import TypeAlias
 
 from rekindle.engine.scheduler.adapters import AdapterCache
 from rekindle.engine.scheduler.config import SchedulerConfig
+from rekindle.engine.scheduler.eviction import log_price
 from rekindle.engine.scheduler.pool import PagePool
 from rekindle.engine.scheduler.prefix import PrefixCache
+from rekindle.engine.scheduler.step_times import StepTimes
 from rekindle.errors import InternalError
 from rekindle.protocol.identity import AdapterDigest
 
-
-def adapter_goes_first(adapter_idle_since: int | None, prefix_idle_since: int | None) -> bool:
-    """Whether the next victim is the oldest idle adapter rather than the oldest idle prefix page.
-
-    Least recently used; of two equally old a prefix page goes, because it frees less that has to be brought back.
-    """
-    if adapter_idle_since is None:
-        return False
-    return prefix_idle_since is None or adapter_idle_since < prefix_idle_since
+_Victim: TypeAlias = AdapterDigest | int
+"""An idle adapter, or a page of the prefix cache."""
+_Candidate: TypeAlias = tuple[float, int, _Victim]
+"""The logarithm of its value, and the pages that it frees."""
 
 
 class PageMemory:
-    """Allocation from the pool at the expense of idle prefix pages and idle adapters."""
+    """Allocation from the pool at the expense of idle prefix pages and idle adapters; counts what that evicted."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, times: StepTimes) -> None:
+        self._page_bytes, self._page_tokens = config.page_bytes, config.page_tokens
+        self._times = times
         self.pool = PagePool(config.num_pages)
         self.prefix = PrefixCache(self.pool)
         self.adapters = AdapterCache(config, self.pool)
+        self.num_adapters_evicted = 0
+        self.num_prefix_pages_evicted = 0
 
     def num_available(self, keep: Collection[AdapterDigest] = ()) -> int:
         """Pages that `allocate` could give without evicting an adapter in `keep`."""
         return self.pool.num_free + self.prefix.num_idle + self.adapters.num_pages_idle(keep)
 
-    def allocate(self, num_pages: int, keep: Collection[AdapterDigest] = ()) -> tuple[int, ...] | None:
-        """Take pages, evicting what is idle as far as needed; None, and nothing evicted, if that is not enough."""
+    def allocate(
+        self, num_pages: int, keep: Collection[AdapterDigest] = (), most_value: float = math.inf
+    ) -> tuple[int, ...] | None:
+        """Take pages, evicting what is idle as far as needed; None, and nothing evicted, if that is not enough.
+        `most_value`, the logarithm of a value, spares what is worth more, and any adapter that somebody waits for."""
         if self.pool.num_free < num_pages:
             if self.num_available(keep) < num_pages:
                 return None
-            self._evict_until_free(num_pages, keep)
+            victims = self._victims(num_pages - self.pool.num_free, keep, most_value)
+            if victims is None:
+                return None
+            self._evict(victims)
         return self.pool.allocate(num_pages)
 
     def take(self, num_pages: int, keep: Collection[AdapterDigest] = ()) -> tuple[int, ...]:
@@ -77,9 +89,43 @@ class PageMemory:
             if is_cached != sorted(is_cached, reverse=True):
                 raise InternalError(f"in the page table {pages} a cached page follows one that is not")
 
-    def _evict_until_free(self, num_pages: int, keep: Collection[AdapterDigest]) -> None:
-        while self.pool.num_free < num_pages:
-            if adapter_goes_first(self.adapters.idle_since(keep), self.prefix.oldest_idle_since):
-                self.adapters.evict_oldest(keep)
+    def _victims(self, num_pages: int, keep: Collection[AdapterDigest], most_value: float) -> list[_Victim] | None:
+        """What to evict, in that order, to free so many pages: the least valuable, less the adapters among them that a
+        large one after them makes unnecessary, the most valuable of these first."""
+        chosen: list[_Candidate] = []
+        for candidate in self._in_order(keep):
+            if num_pages <= 0:
+                break
+            if candidate[0] > most_value:
+                return None
+            chosen.append(candidate)
+            num_pages -= candidate[1]
+        spared = set()
+        for _, num_freed, victim in reversed(chosen):
+            if not isinstance(victim, int) and num_freed <= -num_pages:
+                spared.add(victim)
+                num_pages += num_freed
+        return [victim for _, _, victim in chosen if victim not in spared]
+
+    def _in_order(self, keep: Collection[AdapterDigest]) -> Iterator[_Candidate]:
+        """All that may be evicted, least value first; adapters that somebody waits for are priceless."""
+        price = log_price(self._times.prompt_token_s * self._page_tokens, self._page_bytes) + self.prefix.reuse.log
+        reuse = self.adapters.reuse.log
+        pages: Iterator[_Candidate] = ((price + warmth, 1, page) for warmth, page in self.prefix.in_order())
+        adapters: Iterator[_Candidate] = (
+            (value + reuse, self.adapters.num_pages_of(digest), digest)
+            for value, digest in self.adapters.idle.in_order()
+        )
+        yield from merge(pages, adapters, key=itemgetter(0))
+        for _, digest in self.adapters.awaited.in_order():
+            if digest not in keep:
+                yield math.inf, self.adapters.num_pages_of(digest), digest
+
+    def _evict(self, victims: Iterable[_Victim]) -> None:
+        for victim in victims:
+            if isinstance(victim, int):
+                self.prefix.evict(victim)
+                self.num_prefix_pages_evicted += 1
             else:
-                self.prefix.evict_oldest()
+                self.adapters.evict(victim)
+                self.num_adapters_evicted += 1

@@ -12,23 +12,26 @@ on when to come back.
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 from rekindle.engine.scheduler.adapters import Residency
 from rekindle.engine.scheduler.admission import Admission
 from rekindle.engine.scheduler.config import SchedulerConfig
-from rekindle.engine.scheduler.deadlines import FirstTokenEstimate, late_sequences
+from rekindle.engine.scheduler.deadlines import FirstTokenEstimate, LoadForecast, deadline_s, late_sequences
 from rekindle.engine.scheduler.draft import StepDraft
 from rekindle.engine.scheduler.fairness import OUTPUT_TOKEN_COST, FlowCounters
 from rekindle.engine.scheduler.memory import PageMemory
 from rekindle.engine.scheduler.merging import MergePolicy, mix_of
 from rekindle.engine.scheduler.plan import PlannedSequence, SequenceResult, StepPlan, StepResult
+from rekindle.engine.scheduler.prefetch import LoadsAhead
 from rekindle.engine.scheduler.sequence import Sequence, SequenceState, adapters_of, rank_of
+from rekindle.engine.scheduler.statistics import Totals, engine_stats
 from rekindle.engine.scheduler.step_times import StepTimes
 from rekindle.engine.scheduler.validation import check_fits, check_prompt
 from rekindle.engine.scheduler.waiting import DepartureRate, WaitingQueue
 from rekindle.errors import Conflict, InternalError, Overloaded
 from rekindle.protocol.adapters import AdapterManifest
-from rekindle.protocol.generation import FinishReason, GenerateRequest, TokenChunk
+from rekindle.protocol.generation import FinishReason, GenerateRequest, Refusal, TokenChunk
 from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.replica import EngineStats
 
@@ -41,11 +44,11 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, merging: MergePolicy | None = None) -> None:
         self._config = config
         self._merging = merging
-        self._memory = PageMemory(config)
+        self._times = StepTimes()
+        self._memory = PageMemory(config, self._times)
         self._adapters = self._memory.adapters
         self._unfinished: dict[RequestId, Sequence] = {}
         self._counters = FlowCounters()
-        self._times = StepTimes()
         self._has_deadlines = False
         self._queue = WaitingQueue(self._counters)
         self._running: list[Sequence] = []
@@ -54,14 +57,10 @@ class Scheduler:
         self._departures = DepartureRate()
         self._num_submitted = 0
         self._step = 0
+        self._now_s = 0.0
         self._may_admit = False
         self._may_plan = False
-        self._num_steps = 0
-        self._num_preemptions = 0
-        self._num_prompt_tokens = 0
-        self._num_generated_tokens = 0
-        self._num_tokens_looked_up = 0
-        self._num_tokens_found = 0
+        self._totals = Totals()
 
     @property
     def has_work(self) -> bool:
@@ -73,8 +72,17 @@ class Scheduler:
         """Whether `schedule` may find something to do: False from an empty plan on until something changes."""
         return self._may_plan and bool(self._unfinished)
 
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When `refuse_late` is to be called even if nothing is runnable: the first moment at which a waiting
+        sequence's first token is overdue."""
+        if not self._has_deadlines:
+            return None
+        return min((due_s for it in self._queue if (due_s := deadline_s(it)) is not None), default=None)
+
     def submit(self, request: GenerateRequest, now_s: float) -> tuple[TokenChunk, ...]:
-        """Queue a sequence. Returns its only chunk if it is resumed and already complete, and nothing otherwise.
+        """Queue a sequence. Returns its only chunk if it is resumed and already complete, and the last chunk of the
+        sequence that it displaces in a full queue, if it does.
 
         A resumed request (epoch > 0) was accepted before and is not turned away by a full queue.
 
@@ -82,7 +90,7 @@ class Scheduler:
             InvalidRequest: its prompt is empty or too long for the context, or it can never fit into the pool.
             NotFound: its adapter version is unknown or removed.
             Conflict: a request of that id is unfinished here.
-            Overloaded: the queue is full.
+            Overloaded: the queue is full, and its flow has its share of the places.
         """
         if request.request_id in self._unfinished:
             raise Conflict(f"request {request.request_id} is unfinished here; abort it before submitting it again")
@@ -96,23 +104,21 @@ class Scheduler:
             self._adapters.require(request.adapter)
             num_adapter_pages = self._adapters.num_pages_of(request.adapter)
         check_fits(sequence, num_adapter_pages, self._config)
+        displaced: tuple[TokenChunk, ...] = ()
         if request.epoch == 0 and len(self._queue) >= self._config.max_queued:
-            raise Overloaded(
-                f"{len(self._queue)} requests wait already and max_queued is {self._config.max_queued}; try again "
-                "later, or raise max_queued",
-                retry_after_s=self._departures.expected_wait_s(now_s),
-            )
+            displaced = self._make_place(sequence, now_s)
         if request.adapter is not None:
-            self._adapters.reference(request.adapter)
+            self._adapters.reference(request.adapter, now_s)
             sequence.was_adapter_ready = self._adapters.residency(request.adapter) is Residency.READY
+        self._now_s = now_s
         self._num_submitted += 1
-        self._num_prompt_tokens += sequence.num_prompt
+        self._totals.prompt_tokens += sequence.num_prompt
         self._unfinished[request.request_id] = sequence
         self._counters.begin(sequence.flow)
         self._has_deadlines |= request.ttft_slo_s is not None
         self._queue.add(sequence)
         self._note_change()
-        return ()
+        return displaced
 
     def abort(self, request_id: RequestId) -> tuple[TokenChunk, ...]:
         """End a sequence; its pages are free at once, or with the commit of its last step in flight.
@@ -137,25 +143,25 @@ class Scheduler:
         self._adapters.remove(digest)
         self._note_change()
 
-    def adapter_loaded(self, digest: AdapterDigest) -> None:
-        """An `AdapterLoad` has been carried out.
+    def adapter_loaded(self, digest: AdapterDigest, now_s: float) -> None:
+        """An `AdapterLoad` has been carried out by `now_s`, which teaches how long loads take.
 
         Raises:
             InternalError: no such load is under way.
         """
-        self._adapters.end_load(digest, self._step)
+        self._adapters.end_load(digest, now_s)
         for sequence in self._queue:
             if sequence.request.adapter == digest:
                 sequence.was_adapter_ready = True
         self._note_change()
 
-    def adapter_failed(self, digest: AdapterDigest, message: str) -> tuple[TokenChunk, ...]:
+    def adapter_failed(self, digest: AdapterDigest, message: str, now_s: float) -> tuple[TokenChunk, ...]:
         """An `AdapterLoad` has failed: the sequences that wait for it end with `message`.
 
         Raises:
             InternalError: no such load is under way.
         """
-        self._adapters.fail_load(digest)
+        self._adapters.fail_load(digest, now_s)
         self._note_change()
         failed = [sequence for sequence in self._queue if sequence.request.adapter == digest]
         return tuple(
@@ -174,11 +180,14 @@ class Scheduler:
         self._has_deadlines = any(sequence.request.ttft_slo_s is not None for sequence in self._queue)
         active = adapters_of(self._running)
         estimate = FirstTokenEstimate(self._config, self._times, self._running, self._departures.mean_interval_s)
-        late = late_sequences(self._queue.in_turn(active, now_s), estimate, self._num_cached, now_s)
+        loads = LoadForecast(self._adapters, now_s)
+        late = late_sequences(self._queue.in_turn(active, now_s), estimate, loads, self._num_cached, now_s)
+        self._totals.refused_late += len(late)
         return tuple(self._finish(it.sequence, it.chunk()) for it in late)
 
     def schedule(self, now_s: float) -> StepPlan:
         """Plan a step: one token of every running sequence, then prompt chunks, then newly admitted sequences."""
+        self._now_s = now_s
         self._step += 1
         draft = StepDraft(self._config.max_step_tokens)
         self._plan_running(draft)
@@ -189,7 +198,7 @@ class Scheduler:
         plan = draft.build(self._step, self._adapters.take_evicted())
         if plan.sequences:
             self._in_flight.append((plan, draft.timelines))
-            self._num_steps += 1
+            self._totals.steps += 1
         self._may_plan = bool(plan.sequences or plan.preempted)
         return plan
 
@@ -218,31 +227,14 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """Load and memory as of now. Prefix queries and hits count tokens looked up and found."""
-        memory = self._memory
-        num_idle = memory.prefix.num_idle
-        num_adapter = self._adapters.num_pages_used
-        return EngineStats(
-            num_waiting=len(self._unfinished) - len(self._running),
-            num_running=len(self._running),
-            pages_total=self._config.num_pages,
-            pages_free=memory.pool.num_free,
-            pages_kv_in_use=self._config.num_pages - memory.pool.num_free - num_idle - num_adapter,
-            pages_adapter=num_adapter,
-            pages_prefix_cache=num_idle,
-            resident_adapters=self._adapters.resident,
-            prompt_tokens_total=self._num_prompt_tokens,
-            generated_tokens_total=self._num_generated_tokens,
-            prefix_queries_total=self._num_tokens_looked_up,
-            prefix_hits_total=self._num_tokens_found,
-            preemptions_total=self._num_preemptions,
-            adapter_loads_total=self._adapters.num_loads,
-            steps_total=self._num_steps,
-            merged_adapter=None if self._merging is None else self._merging.merged,
-            steps_merged_total=0 if self._merging is None else self._merging.num_merged_steps,
-        )
+        num_waiting = len(self._unfinished) - len(self._running)
+        stats = engine_stats(self._config, self._memory, self._totals, num_waiting, self._running, self._leaving)
+        if self._merging is None:
+            return stats
+        return replace(stats, merged_adapter=self._merging.merged, steps_merged_total=self._merging.num_merged_steps)
 
     def check_integrity(self) -> None:
-        """Raise InternalError unless every page is held by exactly those who should hold it. Meant for tests."""
+        """Raise InternalError unless every page is held by exactly those who should hold it; looks at every page."""
         holders = [*self._running, *self._leaving]
         self._memory.check_integrity([sequence.pages for sequence in holders])
         waiting = {sequence for sequence in self._unfinished.values() if sequence.state is SequenceState.WAITING}
@@ -253,6 +245,24 @@ class Scheduler:
                 raise InternalError(f"request {sequence.request.request_id} waits, but holds pages or is in flight")
         if any(sequence.state is not SequenceState.RUNNING for sequence in self._running):
             raise InternalError("a sequence is in the batch that is not running")
+
+    def _make_place(self, newcomer: Sequence, now_s: float) -> tuple[TokenChunk, ...]:
+        """End a sequence of the flow that holds most places of the full queue, or refuse the newcomer."""
+        self._totals.refused_full += 1
+        retry_after_s = self._departures.expected_wait_s(now_s)
+        displaced = self._queue.to_displace(newcomer)
+        if displaced is None:
+            raise Overloaded(
+                f"{len(self._queue)} requests wait already and max_queued is {self._config.max_queued}; try again "
+                "later, or raise max_queued",
+                retry_after_s=retry_after_s,
+            )
+        message = (
+            f"the queue of {self._config.max_queued} requests is full, and most of them are of the same tenant and "
+            "adapter as this one, the last of them; try again later, or raise max_queued"
+        )
+        refusal = Refusal(Overloaded.__name__, retry_after_s=retry_after_s)
+        return (self._finish(displaced, displaced.chunk(reason=FinishReason.ERROR, error=message, refusal=refusal)),)
 
     def _num_cached(self, sequence: Sequence) -> int:
         return len(self._memory.prefix.match(sequence.page_digests())) * self._config.page_tokens
@@ -308,21 +318,22 @@ class Scheduler:
             f"{victim.request.request_id} gives back {len(victim.pages)} pages and is computed again later: "
             f"{beneficiary.request.request_id} needs pages and none can be evicted"
         )
-        self._num_preemptions += 1
+        self._totals.preemptions += 1
         self._running.remove(victim)
         victim.move_to(SequenceState.DRAINING)
         self._leave(victim)
 
     def _admit(self, draft: StepDraft, now_s: float) -> None:
-        admission = Admission(self._config, self._memory, self._counters, draft, self._running, now_s)
+        ahead = LoadsAhead(self._config, self._memory, self._times, draft, now_s)
+        admission = Admission(self._config, self._memory, self._counters, draft, ahead, self._running, now_s)
         admission.run(self._queue)
         self._may_admit = not admission.is_complete
         self._departures.note(len(admission.admitted), len(self._queue), now_s)
         if admission.admitted:
             self._running += admission.admitted
             self._running.sort(key=rank_of)
-            self._num_tokens_looked_up += admission.tokens_looked_up
-            self._num_tokens_found += admission.tokens_found
+            self._totals.tokens_looked_up += admission.tokens_looked_up
+            self._totals.tokens_found += admission.tokens_found
 
     def _take_in_flight(self, plan: StepPlan, result: StepResult) -> list[tuple[Sequence, int]]:
         """Check everything before anything changes."""
@@ -344,7 +355,7 @@ class Scheduler:
         if outcome.error is not None:
             return self._finish(sequence, sequence.chunk(reason=FinishReason.ERROR, error=outcome.error))
         num_new, reason = sequence.accept(planned, outcome)
-        self._num_generated_tokens += num_new
+        self._totals.generated_tokens += num_new
         self._counters.charge(sequence.flow, OUTPUT_TOKEN_COST * num_new, sequence.request.weight)
         if sequence.is_caching:
             self._cache_full_pages(sequence)
@@ -386,9 +397,9 @@ class Scheduler:
     def _settle(self, sequence: Sequence) -> None:
         """Take back what a sequence holds that has left the batch and is in no step in flight."""
         self._leaving.discard(sequence)
-        self._memory.prefix.release(sequence.drop_pages(), self._step)
+        self._memory.prefix.release(sequence.drop_pages(), self._now_s)
         if sequence.request.adapter is not None:
-            self._adapters.unpin(sequence.request.adapter, self._step)
+            self._adapters.unpin(sequence.request.adapter)
         if sequence.state is SequenceState.DRAINING:
             sequence.move_to(SequenceState.WAITING)
             self._queue.add(sequence)

@@ -136,6 +136,11 @@ class Sequence:
         return min(expected, self.max_positions) - self.num_planned
 
     @property
+    def num_spare_positions(self) -> int:
+        """Positions at the end of its pages that no token known or planned takes."""
+        return max(self.page_capacity - max(len(self.tokens), self.num_planned), 0)
+
+    @property
     def ready_reason(self) -> FinishReason | None:
         """Why a sequence is over before it has run, as one resumed with all its tokens is; None if it is not."""
         num_generated = len(self.tokens) - self.num_prompt
@@ -263,11 +268,12 @@ class Sequence:
         self.num_planned = self.num_computed
         self.num_pending_samples = 0
 
-    def next_page_to_cache(self) -> tuple[bytes, int] | None:
-        """The first page that is full and not yet offered to the prefix cache, with its digest."""
+    def next_page_to_cache(self) -> tuple[bytes, int, int | None] | None:
+        """The first page that is full and not yet offered to the prefix cache: its digest, itself, the one before."""
         if not self.is_caching or self.num_computed < (self.num_cached_pages + 1) * self._page_tokens:
             return None
-        return self._digest(self.num_cached_pages), self.pages[self.num_cached_pages]
+        number = self.num_cached_pages
+        return self._digest(number), self.pages[number], self.pages[number - 1] if number else None
 
     def chunk(
         self,

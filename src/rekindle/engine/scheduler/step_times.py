@@ -9,10 +9,15 @@ _SCALES = (1.0, 100.0, 10.0)
 
 
 class StepTimes:
-    """See the module. Times in seconds."""
+    """Times in seconds."""
 
     def __init__(self) -> None:
         self._model = LinearModel(_FIRST_GUESS, _SCALES)
+
+    @property
+    def prompt_token_s(self) -> float:
+        """What one more prompt token adds to a step."""
+        return self._model.coefficients[1]
 
     def note(self, num_prompt_tokens: int, num_decodes: int, duration_s: float) -> None:
         """A step of that many prompt tokens and decoding sequences took `duration_s`."""

@@ -4,6 +4,12 @@ Lower priority numbers go first, as in vLLM. Within a priority the flow that was
 flow the sequence that came first. Once the batch holds `MANY_ADAPTERS` different adapters, those that are in it go
 before others (S-LoRA, section 4.1: fewer adapters a step, less to read), but no more than `CLUSTER_TOKENS` of service
 and `CLUSTER_WAIT_S` seconds of waiting ahead of their turn.
+
+Places in a full queue are shared among flows, too. A newcomer takes the place of the last sequence of the flow that
+has most, if that is at least two more than its own flow has: the difference shrinks, and nobody can take the place
+back. Of N places and k flows, the newcomer's included, whose sequences may all be displaced, no newcomer is turned away
+whose flow holds fewer than N / k - 1, and nobody loses a place whose flow holds N / k or fewer. Sequences that have
+run, those that were accepted before (resumed ones) and those more urgent than the newcomer are never displaced.
 """
 
 from __future__ import annotations
@@ -60,6 +66,16 @@ class WaitingQueue:
         if not sequences:
             del self._flows[sequence.flow]
 
+    def to_displace(self, newcomer: Sequence) -> Sequence | None:
+        """Who gives up a place in a full queue for a newcomer; None if nobody does. Takes a look at every flow."""
+        found, most = None, len(self._flows.get(newcomer.flow, ())) + 1
+        for sequences in self._flows.values():
+            if len(sequences) > most:
+                last = _last_displaceable(sequences, newcomer.request.priority)
+                if last is not None:
+                    found, most = last, len(sequences)
+        return found
+
     def in_turn(self, active: Collection[AdapterDigest], now_s: float) -> Iterator[Sequence]:
         """The sequences in the order of their turns, each once. `active` are the adapters in the batch. What a flow is
         charged, and adapters that become active, between two sequences of a flow count for the second."""
@@ -86,6 +102,16 @@ class WaitingQueue:
         if is_apart and now_s - sequence.waiting_since_s < CLUSTER_WAIT_S:
             turn += CLUSTER_TOKENS
         return sequence.request.priority, turn, sequence.arrival
+
+
+def _last_displaceable(sequences: list[Sequence], priority: int) -> Sequence | None:
+    """The last sequence of a flow that has not run, is not resumed and is no more urgent than `priority`."""
+    for sequence in reversed(sequences):
+        if sequence.request.priority < priority:
+            return None
+        if not sequence.was_charged and not sequence.request.epoch:
+            return sequence
+    return None
 
 
 class DepartureRate:
