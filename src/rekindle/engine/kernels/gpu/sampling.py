@@ -25,7 +25,7 @@ from rekindle.engine.transfer import to_device
 _MAX_PROGRAMS = 32
 """Programs that a row is divided among at most; whoever reads their results reads so many."""
 
-_BLOCK = 8192
+_BLOCK = 4096
 _WARPS = 16
 
 _RESIDENT = 2048
@@ -102,8 +102,8 @@ def _likeliest_kernel(logits, best, row_stride, vocabulary, NUM_PROGRAMS: tl.con
     lower. NaN ranks above all numbers."""
     row, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
     best_C = tl.full([BLOCK], -(2**63), tl.int64)
-    for start in range(program * BLOCK, vocabulary, NUM_PROGRAMS * BLOCK):
-        id_C = start + tl.arange(0, BLOCK)
+    for start in range(0, vocabulary, NUM_PROGRAMS * BLOCK):
+        id_C = start + program * BLOCK + tl.arange(0, BLOCK)
         logit_C = tl.load(logits + row * row_stride + id_C, mask=id_C < vocabulary, other=-float("inf"))
         logit_C = tl.where(logit_C == 0.0, 0.0, logit_C)  # -0 is no less than 0
         bits_C = logit_C.to(tl.int32, bitcast=True)
