@@ -9,9 +9,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 collect_ignore_glob = [] if HAS_TRITON else ["test_*.py"]
 
 if HAS_TRITON and not torch.cuda.is_available():
-    from support.triton_interpreter import mend_dot
+    from support.triton_interpreter import mend_interpreter
 
-    mend_dot()
+    mend_interpreter()
 
 
 @pytest.fixture(scope="session")
