@@ -14,7 +14,7 @@ from support.logits import FILTERS, draw, logits, uniforms
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # where a GPU says infinity, numpy warns
 
 
-@pytest.mark.parametrize("vocabulary", [1, 50, 8192, 8193, 300_000])
+@pytest.mark.parametrize("vocabulary", [1, 50, 4096, 4097, 150_000])
 def test_the_likeliest_token_is_found_wherever_it_is(device: torch.device, vocabulary: int) -> None:
     rows = logits(4, vocabulary)
     for row, place in enumerate((0, vocabulary // 2, vocabulary - 1)):
@@ -40,13 +40,13 @@ def test_rows_that_are_not_finite_are_marked(device: torch.device, settings: Any
 
 
 @pytest.mark.parametrize("rounded", [False, True])
-@pytest.mark.parametrize("vocabulary", [1, 300, 5003, 20_000])
+@pytest.mark.parametrize("vocabulary", [1, 300, 4999])
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_draws_equal_those_on_a_cpu(
     device: torch.device, filters: dict[str, Any], vocabulary: int, rounded: bool
 ) -> None:
-    rows = logits(5, vocabulary, rounded=rounded)
-    draws = [draw(uniform, **filters) for uniform in uniforms(5)]
+    rows = logits(3, vocabulary, rounded=rounded)
+    draws = [draw(uniform, **filters) for uniform in uniforms(3)]
     assert choose_on_gpu(rows.to(device), draws)() == choose_on_cpu(rows, draws)()
 
 

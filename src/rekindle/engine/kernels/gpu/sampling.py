@@ -3,7 +3,8 @@
 The likeliest tokens of all rows take one launch: a row is divided among programs, each of which leaves the best it saw,
 and whoever reads them takes the best of those. Draws take a second launch of one program a row, whose logits stay in
 the L2 cache. It never sorts: it searches the distance at which a running count or sum of weights passes its target, by
-halving the range until the tokens left in it fit the program's registers.
+halving the range until the tokens left in it fit the program's registers. Both ends of a range move on to distances
+that tokens have, and so a search over many equal ones is short.
 
 Weights are added as integers, in units of 2^-44 of the likeliest's, so that a sum depends on no order of adding; what
 is over 31 nats less likely than the likeliest weighs nothing.
@@ -26,7 +27,7 @@ _MAX_PROGRAMS = 32
 """Programs that a row is divided among at most; whoever reads their results reads so many."""
 
 _BLOCK = 4096
-_WARPS = 16
+_WARPS = 8
 
 _RESIDENT = 2048
 """Tokens held in registers once the range of a search has no more."""
@@ -86,7 +87,7 @@ def _tokens_of(best_RP: torch.Tensor) -> list[int]:
     best_R = best_RP.amax(1)
     rank_R = (best_R >> 32).int()
     highest_R = torch.where(rank_R < 0, rank_R ^ _MAX_ID.value, rank_R).view(torch.float32)
-    tokens_R = _MAX_ID.value - (best_R & _MAX_ID.value)
+    tokens_R = (best_R & _MAX_ID.value) ^ _MAX_ID.value
     return torch.where(highest_R.isfinite(), tokens_R, NOT_FINITE).tolist()
 
 
@@ -108,7 +109,7 @@ def _likeliest_kernel(logits, best, row_stride, vocabulary, NUM_PROGRAMS: tl.con
         logit_C = tl.where(logit_C == 0.0, 0.0, logit_C)  # -0 is no less than 0
         bits_C = logit_C.to(tl.int32, bitcast=True)
         rank_C = tl.where((bits_C & _MAX_ID) > _INFINITY, _MAX_ID, _flipped(bits_C))
-        best_C = tl.maximum(best_C, (rank_C.to(tl.int64) << 32) | (_MAX_ID - id_C).to(tl.int64))
+        best_C = tl.maximum(best_C, (rank_C.to(tl.int64) << 32) | (id_C ^ _MAX_ID).to(tl.int64))
     tl.store(best + row * NUM_PROGRAMS + program, tl.max(best_C, axis=0))
 
 
@@ -126,17 +127,29 @@ def _units(weight):
 
 
 @triton.jit
+def _sums(bits_C, weight_C, limit, least_weight):
+    """Of tokens up to a distance, given by its bits, and of a least weight: what they add to the number and the weight;
+    and distances that rise to the last one up to the limit and fall to the first one after it."""
+    inside_C = (bits_C >= 0) & (bits_C <= limit)
+    counted_C = inside_C & (weight_C >= least_weight)
+    units_C = tl.where(counted_C, _units(weight_C), 0)
+    return counted_C.to(tl.int32), units_C, tl.where(inside_C, bits_C, 0), tl.where(bits_C > limit, bits_C, _MAX_ID)
+
+
+@triton.jit
 def _totals(logits, highest, vocabulary, rate, limit, least_weight, BLOCK: tl.constexpr):
-    """Number and weight of the tokens up to a distance, given by its bits, that have a least weight."""
+    """As `_sums`, of all tokens: number, weight, and the distances on both sides of the limit."""
     count_C = tl.zeros([BLOCK], tl.int32)
     mass_C = tl.zeros([BLOCK], tl.int64)
+    last_C = tl.zeros([BLOCK], tl.int32)
+    next_C = tl.full([BLOCK], _MAX_ID, tl.int32)
     for start in range(0, vocabulary, BLOCK):
         distance_C, bits_C = _distances(logits, highest, vocabulary, start, BLOCK)
-        weight_C = tl.exp(distance_C * rate)
-        inside_C = (bits_C >= 0) & (bits_C <= limit) & (weight_C >= least_weight)
-        count_C += inside_C.to(tl.int32)
-        mass_C += tl.where(inside_C, _units(weight_C), 0)
-    return tl.sum(count_C, axis=0), tl.sum(mass_C, axis=0)
+        counted_C, units_C, inside_C, outside_C = _sums(bits_C, tl.exp(distance_C * rate), limit, least_weight)
+        count_C += counted_C
+        mass_C += units_C
+        last_C, next_C = tl.maximum(last_C, inside_C), tl.minimum(next_C, outside_C)
+    return tl.sum(count_C, axis=0), tl.sum(mass_C, axis=0), tl.max(last_C, axis=0), tl.min(next_C, axis=0)
 
 
 @triton.jit
@@ -190,25 +203,27 @@ def _search(
     halvings = tl.full((), 0, tl.int32)
     while (low < high) & (high_count - below_count > RESIDENT):
         middle = _middle(low, high, halvings)
-        count, mass = _totals(logits, highest, vocabulary, rate, middle, 0.0, BLOCK)
+        count, mass, last, next_one = _totals(logits, highest, vocabulary, rate, middle, 0.0, BLOCK)
         passes = tl.where(counts, count.to(tl.int64), mass) > target
-        high, high_count = tl.where(passes, middle, high), tl.where(passes, count, high_count)
-        low = tl.where(passes, low, middle + 1)
+        high, high_count = tl.where(passes, last, high), tl.where(passes, count, high_count)
+        low = tl.where(passes, low, next_one)
         below_count, below_mass = tl.where(passes, below_count, count), tl.where(passes, below_mass, mass)
         halvings += 1
     if low < high:
         bits_C = _gathered(logits, highest, vocabulary, low, high, scratch, RESIDENT, BLOCK)
-        units_C = _units(tl.exp(bits_C.to(tl.float32, bitcast=True) * rate))
+        distance_C = tl.where(bits_C == _MAX_ID, _INFINITY, bits_C).to(tl.float32, bitcast=True)
+        weight_C = tl.exp(distance_C * rate)
         outer_count, outer_mass = below_count, below_mass
         while low < high:
-            middle = low + (high - low) // 2
-            inside_C = bits_C <= middle
-            count = outer_count + tl.sum(inside_C.to(tl.int32), axis=0)
-            mass = outer_mass + tl.sum(tl.where(inside_C, units_C, 0), axis=0)
+            middle = _middle(low, high, halvings)
+            counted_C, units_C, inside_C, outside_C = _sums(bits_C, weight_C, middle, 0.0)
+            count, mass = outer_count + tl.sum(counted_C, axis=0), outer_mass + tl.sum(units_C, axis=0)
             passes = tl.where(counts, count.to(tl.int64), mass) > target
-            high, high_count = tl.where(passes, middle, high), tl.where(passes, count, high_count)
-            low = tl.where(passes, low, middle + 1)
+            high = tl.where(passes, tl.max(inside_C, axis=0), high)
+            high_count = tl.where(passes, count, high_count)
+            low = tl.where(passes, low, tl.min(outside_C, axis=0))
             below_count, below_mass = tl.where(passes, below_count, count), tl.where(passes, below_mass, mass)
+            halvings += 1
     return low, high_count, below_count, below_mass
 
 
@@ -268,7 +283,7 @@ def _draw_filtered(
     Three searches, each within the range the last one has left: for the end of top_k, for that of top_p, and for the
     token. What is cut may be a part of several tokens at one distance, of which the lowest ids stay.
     """
-    high = (_NATS / -rate).to(tl.int32, bitcast=True)
+    high = (-1.0 / rate * _NATS).to(tl.int32, bitcast=True)
     high_count = tl.full((), vocabulary, tl.int32)
     rank = tl.full((), 0, tl.int64)
     for search in range(3):
@@ -315,7 +330,7 @@ def _draw_kernel(
     program_P = tl.minimum(tl.arange(0, BLOCK_PROGRAMS), NUM_PROGRAMS - 1)
     likeliest = tl.max(tl.load(best + row * NUM_PROGRAMS + program_P), axis=0)
     highest = _flipped((likeliest >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
-    token = _MAX_ID - (likeliest & _MAX_ID)
+    token = (likeliest & _MAX_ID) ^ _MAX_ID
     settings += row * 5
     rate = tl.load(settings).to(tl.float32)
     logits += row * row_stride
@@ -325,7 +340,7 @@ def _draw_kernel(
     elif rate != 0.0:
         top_k = tl.load(settings + 1).to(tl.int32)
         top_p, min_p, uniform = tl.load(settings + 2), tl.load(settings + 3), tl.load(settings + 4)
-        count, mass = _totals(logits, highest, vocabulary, rate, _INFINITY, min_p.to(tl.float32), BLOCK)
+        count, mass, _, _ = _totals(logits, highest, vocabulary, rate, _INFINITY, min_p.to(tl.float32), BLOCK)
         if (top_k > 0) | (top_p < 1.0) | (min_p > 0.0):
             token = _draw_filtered(
                 logits, highest, vocabulary, rate, top_k, top_p, uniform, count, mass, scratch, RESIDENT, BLOCK
