@@ -1,24 +1,24 @@
 """Choosing tokens from logits.
 
 A draw depends on nothing but the seed, the token's position and the distribution: one uniform number per token, taken
-from a hash, is looked up in the cumulative distribution. Log-probabilities are the model's own, before any change.
-Suffixes: R rows to sample, V vocabulary.
+from a hash, is looked up in the cumulative distribution (see `draw`). Log-probabilities are the model's own, before any
+change. Suffixes: R rows to sample, V vocabulary, N elements of the logits seen as one vector.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from rekindle.engine.draw import NOT_FINITE, Choose, Draw, choose_on_cpu
+from rekindle.engine.transfer import to_device
 from rekindle.protocol.generation import TokenLogprobs
 from rekindle.protocol.sampling import SamplingParams
-
-_CANDIDATES = 1024
-"""How many of the most likely tokens are sorted before a full sort is tried: top_p rarely needs more."""
 
 _LEAST_TEMPERATURE = 1e-5
 """Below this a draw is the argmax, as in vLLM; dividing by less would overflow."""
@@ -47,25 +47,35 @@ _NOT_FINITE = Sampled(0, error="the model's output is not finite for this reques
 _NOTHING_LEFT = Sampled(0, error="logit_bias, penalties and forbidden stop tokens leave no token to choose")
 
 
-def sample(logits_RV: torch.Tensor, rows: Sequence[SampleRow]) -> list[Sampled]:
-    """Choose one token for each row of float32 logits, which are left unchanged."""
-    best_R = logits_RV.max(-1)
-    token_ids = best_R.indices.tolist()
-    finite = best_R.values.isfinite().tolist()
-    if all(_is_plain_greedy(row) for row in rows):
-        return [Sampled(token_id) if ok else _NOT_FINITE for token_id, ok in zip(token_ids, finite, strict=True)]
-    return [_choose(logits_RV[r], row, token_ids[r]) if finite[r] else _NOT_FINITE for r, row in enumerate(rows)]
+def sample(logits_RV: torch.Tensor, rows: Sequence[SampleRow], choose: Choose | None = None) -> list[Sampled]:
+    """Choose one token for each row of float32 logits, which are left unchanged.
+
+    On a GPU the host waits once, for the tokens, and again for log-probabilities where a row asks for them.
+    """
+    choose = choose or _choose_on(logits_RV.device)
+    draws = [_draw_of(row) for row in rows]
+    changed = [r for r, row in enumerate(rows) if row.params.changes_logits or _forbids_stop(row)]
+    wait = choose(logits_RV, [None if r in changed else draw for r, draw in enumerate(draws)] if changed else draws)
+    if changed:
+        adjusted = _adjusted(logits_RV, rows, changed)
+        wait_for_changed = choose(adjusted, [draws[r] for r in changed])
+    sampled = [_NOT_FINITE if token_id == NOT_FINITE else Sampled(token_id) for token_id in wait()]
+    if changed:
+        for r, token_id in zip(changed, wait_for_changed(), strict=True):
+            if sampled[r].error is None:
+                sampled[r] = _NOTHING_LEFT if token_id == NOT_FINITE else Sampled(token_id)
+    return _with_logprobs(logits_RV, rows, sampled)
 
 
 def logprobs_of(logits_RV: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprobs]:
     """Log-probability of one given token per row, with the `num_top` most likely tokens."""
     logprobs_RV = logits_RV.log_softmax(-1)
-    chosen = logprobs_RV.gather(1, torch.tensor(token_ids).unsqueeze(1)).squeeze(1).tolist()
+    chosen_R1 = logprobs_RV.gather(1, to_device(list(token_ids), torch.int64, logits_RV.device).unsqueeze(1))
     top = logprobs_RV.topk(num_top, dim=-1)
     return [
         TokenLogprobs(token_id, logprob, tuple(zip(ids, values, strict=True)))
-        for token_id, logprob, ids, values in zip(
-            token_ids, chosen, top.indices.tolist(), top.values.tolist(), strict=True
+        for token_id, (logprob,), ids, values in zip(
+            token_ids, chosen_R1.tolist(), top.indices.tolist(), top.values.tolist(), strict=True
         )
     ]
 
@@ -76,97 +86,102 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
-def _is_plain_greedy(row: SampleRow) -> bool:
+def _choose_on(device: torch.device) -> Choose:
+    if device.type == "cpu":
+        return choose_on_cpu
+    from rekindle.engine.kernels.gpu.sampling import choose_on_gpu  # an engine on a CPU runs without Triton
+
+    return choose_on_gpu
+
+
+def _draw_of(row: SampleRow) -> Draw | None:
     params = row.params
-    return _is_greedy(params) and params.logprobs is None and not params.changes_logits and not _forbids_stop(row)
-
-
-def _is_greedy(params: SamplingParams) -> bool:
-    return params.temperature < _LEAST_TEMPERATURE
-
-
-def _choose(logits_V: torch.Tensor, row: SampleRow, likeliest: int) -> Sampled:
-    """One row; `likeliest` is the argmax of its unchanged logits."""
-    params = row.params
-    adjusted_V = _adjusted(logits_V, row)
-    if adjusted_V is not logits_V:
-        likeliest = int(adjusted_V.argmax())
-        if not adjusted_V[likeliest].isfinite():
-            return _NOTHING_LEFT
-    token_id = likeliest if _is_greedy(params) else _draw(adjusted_V, row)
-    if params.logprobs is None:
-        return Sampled(token_id)
-    return Sampled(token_id, logprobs_of(logits_V.unsqueeze(0), [token_id], params.logprobs)[0])
-
-
-def _adjusted(logits_V: torch.Tensor, row: SampleRow) -> torch.Tensor:
-    """Logits after biases, penalties and the ban on early stops, in vLLM's order; the same tensor if there are none."""
-    if not (row.params.changes_logits or _forbids_stop(row)):
-        return logits_V
-    adjusted_V = logits_V.clone()
-    if row.params.logit_bias:
-        token_ids, biases = zip(*row.params.logit_bias, strict=True)
-        adjusted_V[torch.tensor(token_ids)] += torch.tensor(biases)
-    _apply_penalties(adjusted_V, row)
-    if _forbids_stop(row):
-        stops = torch.tensor(row.params.stop_token_ids)
-        adjusted_V[stops[stops < len(adjusted_V)]] = -torch.inf
-    return adjusted_V
+    if params.temperature < _LEAST_TEMPERATURE:
+        return None
+    number = uniform(params.seed, len(row.prompt) + len(row.generated))
+    return Draw(params.temperature, params.top_k, params.top_p, params.min_p, number)
 
 
 def _forbids_stop(row: SampleRow) -> bool:
     return len(row.generated) < row.params.min_tokens and bool(row.params.stop_token_ids)
 
 
-def _apply_penalties(logits_V: torch.Tensor, row: SampleRow) -> None:
-    """Repetition penalty (CTRL, arXiv 1909.05858) over prompt and output; presence and frequency over the output."""
-    params = row.params
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(list({*row.prompt, *row.generated}), dtype=torch.int64)
-        values = logits_V[seen]
-        logits_V[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    if row.generated and (params.presence_penalty or params.frequency_penalty):
-        used, counts = torch.unique(torch.tensor(list(row.generated), dtype=torch.int64), return_counts=True)
-        logits_V[used] -= params.presence_penalty + params.frequency_penalty * counts
+def _adjusted(logits_RV: torch.Tensor, rows: Sequence[SampleRow], changed: Sequence[int]) -> torch.Tensor:
+    """A copy of the changed rows after biases, penalties and the ban on early stops, in vLLM's order."""
+    device, vocabulary = logits_RV.device, logits_RV.shape[1]
+    adjusted_RV = logits_RV[to_device(changed, torch.int64, device)]
+    chosen = [rows[r] for r in changed]
+    logits_N = adjusted_RV.view(-1)
+    _apply_biases(logits_N, chosen, vocabulary)
+    _apply_repetition_penalties(logits_N, chosen, vocabulary)
+    _apply_output_penalties(logits_N, chosen, vocabulary)
+    _forbid_stops(logits_N, chosen, vocabulary)
+    return adjusted_RV
 
 
-def _draw(logits_V: torch.Tensor, row: SampleRow) -> int:
-    """Inverse-CDF draw after temperature, then min_p, top_k and top_p in vLLM's order."""
-    params = row.params
-    probabilities_V = ((logits_V - logits_V.max()) / params.temperature).softmax(-1)
-    if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
-        return _inverse_cdf(probabilities_V, row)
-    values, token_ids = _truncated(probabilities_V, params)
-    return int(token_ids[_inverse_cdf(values, row)])
+def _apply_biases(logits_N: torch.Tensor, rows: Sequence[SampleRow], vocabulary: int) -> None:
+    places: list[int] = []
+    biases: list[float] = []
+    for r, row in enumerate(rows):
+        for token_id, bias in row.params.logit_bias:
+            places.append(r * vocabulary + token_id)
+            biases.append(bias)
+    if places:
+        logits_N[to_device(places, torch.int64, logits_N.device)] += to_device(biases, torch.float32, logits_N.device)
 
 
-def _truncated(probabilities_V: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kept tokens' probabilities (not renormalised), most likely first, and their ids."""
-    vocabulary = len(probabilities_V)
-    values, token_ids = probabilities_V.topk(min(params.top_k or _CANDIDATES, vocabulary))
-    if not params.top_k and not _covers(values, params):
-        values, token_ids = probabilities_V.topk(vocabulary)
-    if params.min_p > 0.0:
-        values = values[values >= params.min_p * values[0]]
-    if params.top_p < 1.0:
-        # top_p is a share of what min_p and top_k have left, which without them is everything.
-        mass = float(values.sum(dtype=torch.float64)) if params.top_k or params.min_p else 1.0
-        mass_before = values.double().cumsum(0) - values
-        values = values[mass_before < params.top_p * mass]
-    return values, token_ids[: len(values)]
+def _apply_repetition_penalties(logits_N: torch.Tensor, rows: Sequence[SampleRow], vocabulary: int) -> None:
+    """CTRL's (arXiv 1909.05858), over prompt and output. Positive logits are divided, others multiplied."""
+    penalised = [(r, row) for r, row in enumerate(rows) if row.params.repetition_penalty != 1.0]
+    if not penalised:
+        return
+    places: list[int] = []
+    penalties: list[float] = []
+    for r, row in penalised:
+        seen = {*row.prompt, *row.generated}
+        places += [r * vocabulary + token_id for token_id in seen]
+        penalties += [row.params.repetition_penalty] * len(seen)
+    at = to_device(places, torch.int64, logits_N.device)
+    penalty = to_device(penalties, torch.float32, logits_N.device)
+    value = logits_N[at]
+    logits_N[at] = torch.where(value > 0, value / penalty, value * penalty)
 
 
-def _covers(values: torch.Tensor, params: SamplingParams) -> bool:
-    """Whether the most likely tokens, given in falling order, hold all that min_p, or else top_p, would keep."""
-    if params.min_p > 0.0:
-        return bool(values[-1] < params.min_p * values[0])
-    return float(values.sum(dtype=torch.float64)) >= params.top_p
+def _apply_output_penalties(logits_N: torch.Tensor, rows: Sequence[SampleRow], vocabulary: int) -> None:
+    """Presence and frequency penalties, over the output alone."""
+    places: list[int] = []
+    losses: list[float] = []
+    for r, row in enumerate(rows):
+        params = row.params
+        if params.presence_penalty or params.frequency_penalty:
+            for token_id, count in Counter(row.generated).items():
+                places.append(r * vocabulary + token_id)
+                losses.append(params.presence_penalty + params.frequency_penalty * count)
+    if places:
+        logits_N[to_device(places, torch.int64, logits_N.device)] -= to_device(losses, torch.float32, logits_N.device)
 
 
-def _inverse_cdf(probabilities: torch.Tensor, row: SampleRow) -> int:
-    """The index at which the cumulative distribution passes the row's uniform number."""
-    cumulative = probabilities.double().cumsum(0)
-    position = len(row.prompt) + len(row.generated)
-    target = uniform(row.params.seed, position) * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, target, right=True))
-    return min(index, len(probabilities) - 1)
+def _forbid_stops(logits_N: torch.Tensor, rows: Sequence[SampleRow], vocabulary: int) -> None:
+    places = [
+        r * vocabulary + token_id
+        for r, row in enumerate(rows)
+        if _forbids_stop(row)
+        for token_id in row.params.stop_token_ids
+        if token_id < vocabulary
+    ]
+    if places:
+        logits_N[to_device(places, torch.int64, logits_N.device)] = -torch.inf
+
+
+def _with_logprobs(logits_RV: torch.Tensor, rows: Sequence[SampleRow], sampled: list[Sampled]) -> list[Sampled]:
+    """The tokens with their log-probabilities, for the rows that ask for them."""
+    asked = [r for r, row in enumerate(rows) if row.params.logprobs is not None and sampled[r].error is None]
+    if not asked:
+        return sampled
+    num_top = max(rows[r].params.logprobs or 0 for r in asked)
+    found = logprobs_of(
+        logits_RV[to_device(asked, torch.int64, logits_RV.device)], [sampled[r].token_id for r in asked], num_top
+    )
+    for r, logprobs in zip(asked, found, strict=True):
+        sampled[r] = replace(sampled[r], logprobs=replace(logprobs, top=logprobs.top[: rows[r].params.logprobs]))
+    return sampled
