@@ -101,6 +101,7 @@ class ScriptedReplica:
             num_waiting=2, num_running=3, pages_total=100, pages_free=40, pages_kv_in_use=25, pages_adapter=20,
             pages_prefix_cache=15, resident_adapters=(), prompt_tokens_total=0, generated_tokens_total=0,
             prefix_queries_total=70, prefix_hits_total=30, preemptions_total=5, adapter_loads_total=6, steps_total=7,
+            merged_adapter=AdapterDigest("merged-version"), steps_merged_total=4,
         )  # fmt: skip
         self._loop: asyncio.AbstractEventLoop | None = None
         self.reset()
