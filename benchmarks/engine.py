@@ -14,7 +14,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +154,14 @@ class Bench:
         }
 
 
-def write_random_adapter(directory: Path, model: ModelManifest, rank: int, seed: int) -> None:
+def write_random_adapter(
+    directory: Path, model: ModelManifest, rank: int, seed: int, targets: Sequence[str] = TARGETS
+) -> None:
     """A PEFT directory with random weights, A of unit gain and B small."""
     draw = np.random.default_rng(seed)
     streams = []
     for module in model.modules:
-        if module.name.rpartition(".")[2] not in TARGETS:
+        if module.name.rpartition(".")[2] not in targets:
             continue
         for half, shape in (("A", (rank, module.in_features)), ("B", (module.out_features, rank))):
             values = (draw.standard_normal(shape) * 0.05).astype(np.float32)
@@ -168,7 +170,7 @@ def write_random_adapter(directory: Path, model: ModelManifest, rank: int, seed:
             streams.append(TensorStream(name, "BF16", shape, pieces.copy))
     directory.mkdir()
     write_tensors(directory / "adapter_model.safetensors", streams)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(TARGETS)}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(targets)}
     (directory / "adapter_config.json").write_text(json.dumps(config))
 
 

@@ -103,7 +103,7 @@ class ScriptedReplica:
             num_adapter_loads=1, prompt_tokens_total=0, generated_tokens_total=0, prefix_queries_total=70,
             prefix_hits_total=30, preemptions_total=5, adapter_loads_total=6, adapter_load_s_total=0.5,
             adapter_evictions_total=8, prefix_evictions_total=9, refused_late_total=10, refused_full_total=11,
-            steps_total=7,
+            steps_total=7, merged_adapter=AdapterDigest("merged-version"), steps_merged_total=4,
         )  # fmt: skip
         self._loop: asyncio.AbstractEventLoop | None = None
         self.reset()

@@ -80,6 +80,8 @@ def test_the_engines_figures_are_shown_under_vllms_names(server):
     assert value(samples, "vllm:num_preemptions_total") == 5
     assert value(samples, "rekindle_pages", kind="adapter") == 20
     assert value(samples, "rekindle_pages", kind="free") == 40
+    assert value(samples, "rekindle_merged_adapter", version="merged-version") == 1
+    assert value(samples, "rekindle_steps_merged_total") == 4
     assert value(samples, "rekindle_engine_ready") == 1
 
 

@@ -16,11 +16,13 @@ import pytest
 
 from rekindle.catalog.records import ModelRecord
 from rekindle.cli import main
-from rekindle.cli.serve import RekindleServer, _by_content
-from rekindle.cli.settings import ServerSettings, Settings
+from rekindle.cli.serve import RekindleServer, _by_content, _engine_settings
+from rekindle.cli.settings import EngineOptions, ServerSettings, Settings
+from rekindle.config import Bytes
 from rekindle.errors import ConfigurationError
 from rekindle.protocol.identity import ModelDigest
 from rekindle.protocol.models import ModelManifest
+from rekindle.units import GIB
 
 BODY = {"model": "org/tiny:v1", "prompt": "hello", "max_tokens": 400}
 
@@ -79,6 +81,20 @@ def test_names_of_the_same_content_share_one_engine():
 
     groups = _by_content([record("a", "1"), record("b", "2"), record("c", "1")])
     assert [[same.name for same in group] for group in groups] == [["a", "c"], ["b"]]
+
+
+def test_merged_weights_take_their_memory_from_the_pool_of_each_model():
+    manifest = ModelManifest(ModelDigest("d"), "llama", "F32", GIB // 4, GIB, 1, 400, 512, (), True, ())
+    records = [ModelRecord(name, manifest, Path("/nonexistent"), 0) for name in ("a", "b")]
+
+    def pools(merge_bytes: int) -> list[tuple[int, int]]:
+        options = EngineOptions(dtype="float32", memory=Bytes(8 * GIB), merge_bytes=Bytes(merge_bytes))
+        return [(settings.memory_bytes, settings.merge_bytes) for settings in _engine_settings(options, records)]
+
+    assert pools(0) == [(3 * GIB, 0)] * 2
+    assert pools(GIB) == [(2 * GIB, GIB)] * 2
+    with pytest.raises(ConfigurationError, match=r"beside engine\.merge_bytes = 3"):
+        pools(3 * GIB)
 
 
 def send(number: signal.Signals) -> None:
