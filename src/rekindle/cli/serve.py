@@ -147,7 +147,9 @@ class RekindleServer:
 
     async def _announce(self, url: str) -> None:
         names = ", ".join(name for base in self._services.bases for name in base.names)
-        adapters = [adapter.name for adapter in await asyncio.to_thread(self._services.catalog.adapters)]
+        bases = [base.manifest.digest for base in self._services.bases]
+        listed = await asyncio.to_thread(self._services.catalog.adapter_names, bases)
+        adapters = [adapter.name for adapter in listed]
         print(f"rekindle: ready on {url} serving {names} with {len(adapters)} adapters", flush=True)
         if self._show_examples:
             print_examples(url, self._services.bases[0].name, adapters)
