@@ -11,7 +11,7 @@ DEMO_MODEL := smollm2-135m
 DEMO_ADAPTERS := $(notdir $(wildcard demo/adapters/*))
 PACKAGE := pyproject.toml setup.py $(wildcard src/rekindle/engine/kernels/native/*.cpp src/rekindle/engine/kernels/native/*.h)
 
-.PHONY: help serve test lint demo demo-adapters bench clean compiler
+.PHONY: help serve test soak lint demo demo-adapters bench bench-lora clean compiler
 .DEFAULT_GOAL := help
 
 help:
@@ -19,7 +19,9 @@ help:
 	@echo "make test           install, then run every check that CI runs"
 	@echo "make lint           format, lint and type-check only"
 	@echo "make demo-adapters  train the demo adapters again"
-	@echo "make bench          measure an engine on this machine"
+	@echo "make soak           the tests of adapters under load, for minutes"
+	@echo "make bench          measure where an engine's time goes on this machine"
+	@echo "make bench-lora     measure what adapters cost an engine on this machine"
 	@echo
 	@echo "TORCH_INDEX=URL     where PyTorch is installed from. On x86_64 Linux the default, PyPI, brings CUDA libraries of"
 	@echo "                    several GiB that no CPU needs; the build without them:"
@@ -71,11 +73,17 @@ lint: $(VENV)/test
 test: lint $(DEMO_GGUF)
 	$(BIN)/python -m pytest
 
+soak: $(VENV)/test
+	$(BIN)/python -m pytest -m soak
+
 demo-adapters: $(VENV)/test $(DEMO_GGUF)
 	$(BIN)/python demo/train.py
 
 bench: $(VENV)/serve $(DEMO_GGUF)
 	GOMP_SPINCOUNT=1000 $(BIN)/python benchmarks/engine.py
+
+bench-lora: demo
+	$(BIN)/rekindle bench lora --model $(DEMO_MODEL)
 
 clean:
 	rm -rf $(VENV) $(CACHE) build dist src/*.egg-info

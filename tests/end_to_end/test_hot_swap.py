@@ -17,7 +17,7 @@ from support.tiny_home import TinyHome
 
 pytest.importorskip("peft")
 
-NUM_STREAMS = 200
+STREAMS_A_WAVE = 200
 NUM_TOKENS = 24
 VERSIONS = ("first", "second", "third", "fourth")
 NAME = "changing"
@@ -59,8 +59,9 @@ async def stream_text(client: AsyncOpenAI, prompt: list[int]) -> str:
     return "".join([event.choices[0].text async for event in events])
 
 
+@pytest.mark.parametrize("num_waves", [1, pytest.param(30, marks=pytest.mark.soak)])
 async def test_every_stream_is_wholly_of_one_version_while_the_name_changes_hands(
-    tiny: TinyHome, tiny_server: Server
+    tiny: TinyHome, tiny_server: Server, num_waves: int
 ) -> None:
     tokenizer = make_tokenizer()
     draw = random.Random(0)
@@ -80,11 +81,14 @@ async def test_every_stream_is_wholly_of_one_version_while_the_name_changes_hand
         AsyncOpenAI(base_url=f"{tiny_server.url}/v1", api_key="none", max_retries=0, http_client=many) as client,
     ):
         await register(http, tiny.adapter(VERSIONS[0]).source)
-        prompts = [draw.randrange(len(PROMPTS)) for _ in range(NUM_STREAMS)]
+        prompts = [draw.randrange(len(PROMPTS)) for _ in range(num_waves * STREAMS_A_WAVE)]
+
+        room = asyncio.Semaphore(STREAMS_A_WAVE)
 
         async def later(prompt: int, delay_s: float) -> str:
-            await asyncio.sleep(delay_s)
-            return await stream_text(client, PROMPTS[prompt])
+            async with room:
+                await asyncio.sleep(delay_s)
+                return await stream_text(client, PROMPTS[prompt])
 
         streams = [asyncio.create_task(later(prompt, draw.random())) for prompt in prompts]
         num_changes = 0

@@ -1,7 +1,6 @@
 """Many adapters in little memory, on a real engine: whatever comes and goes, every output is the one adapter's own."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,7 @@ def pages_of(tiny: TinyHome, name: str, page_bytes: int) -> int:
     return -(-tiny.adapter(name).num_bytes // page_bytes)
 
 
-def num_mapped(engine: LocalEngine) -> int:
+def num_mapped() -> int:
     """Mappings of page pools in this process, as the kernel counts them."""
     return Path("/proc/self/maps").read_text().count("rekindle-pages")
 
@@ -46,69 +45,88 @@ def check_nothing_is_held(engine: LocalEngine) -> None:
     assert stats.pages_free + stats.pages_prefix_cache + stats.pages_adapter == stats.pages_total
 
 
-@pytest.fixture
-def decoding(tiny: TinyHome) -> Iterator[list[tuple[str | None, list[int]]]]:
-    """Adapter and prompt of four long sequences: two share an adapter, two run on the base."""
-    tiny.adapter("resident", rank=96)
-    names = ["resident", None, "resident", None]
-    yield [(name, random_prompts(seed=40 + i)[1]) for i, name in enumerate(names)]
+class FourStreams:
+    """Four long sequences that decode all the time, each begun anew when it has ended: two share an adapter, two run on
+    the base."""
+
+    num_tokens = 200
+
+    def __init__(self, tiny: TinyHome, engine: LocalEngine) -> None:
+        self._tiny, self._engine = tiny, engine
+        self._names: list[str | None] = ["resident", None, "resident", None]
+        self._prompts = [random_prompts(seed=40 + i)[1] for i in range(4)]
+        self._num_begun = [0] * 4
+
+    def go_on(self) -> None:
+        for i, name in enumerate(self._names):
+            latest = self._engine.outputs.get(f"long-{i}-{self._num_begun[i] - 1}")
+            if latest is None or latest.finish_reason is not None:
+                key = f"long-{i}-{self._num_begun[i]}"
+                digest = self._tiny.adapter(name).digest if name else None
+                self._engine.submit(key, greedy(key, self._prompts[i], self.num_tokens, digest))
+                self._num_begun[i] += 1
+
+    def check(self) -> None:
+        for i, name in enumerate(self._names):
+            expected = self._tiny.answer(name, self._prompts[i], self.num_tokens)
+            for turn in range(self._num_begun[i]):
+                assert self._engine.outputs[f"long-{i}-{turn}"].token_ids == expected
 
 
+@pytest.mark.parametrize("num_rounds", [24, pytest.param(2000, marks=pytest.mark.soak)])
 def test_adapters_come_and_go_in_memory_for_two_while_four_sequences_decode(
-    tiny: TinyHome, page_bytes: int, decoding: list[tuple[str | None, list[int]]]
+    tiny: TinyHome, page_bytes: int, num_rounds: int
 ) -> None:
     coming = [f"coming-{i}" for i in range(5)]
-    for name in coming:
+    for name in ("resident", *coming):
         tiny.adapter(name, rank=96)
     num_adapter_pages = pages_of(tiny, "resident", page_bytes)
-    num_kv_pages = len(decoding) * (-(-205 // PAGE_TOKENS)) + 10
+    num_kv_pages = 4 * (-(-(5 + FourStreams.num_tokens) // PAGE_TOKENS)) + 10
     assert num_kv_pages < num_adapter_pages
-    num_pages = 2 * num_adapter_pages + num_kv_pages
-    engine = tiny.engine("resident", memory_bytes=num_pages * page_bytes)
-    mapped_before = num_mapped(engine)
-    for i, (name, prompt) in enumerate(decoding):
-        engine.submit(f"long-{i}", greedy(f"long-{i}", prompt, 200, tiny.adapter(name).digest if name else None))
-    draw = random.Random(0)
-    num_rounds = 0
-    while not all(engine.outputs[f"long-{i}"].finish_reason for i in range(len(decoding))):
-        name, key = coming[num_rounds % len(coming)], f"short-{num_rounds}"
-        digest = tiny.register(engine, name)
-        engine.submit(key, greedy(key, decoding[0][1], 6, digest))
+    engine = tiny.engine("resident", memory_bytes=(2 * num_adapter_pages + num_kv_pages) * page_bytes)
+    mapped_before = num_mapped()
+    streams = FourStreams(tiny, engine)
+    prompt, draw = random_prompts(seed=44)[1], random.Random(0)
+    for i in range(num_rounds):
+        streams.go_on()
+        digest = tiny.register(engine, coming[i % len(coming)])
+        engine.submit(f"short-{i}", greedy(f"short-{i}", prompt, 6, digest))
         for _ in range(draw.randrange(8)):
             engine.step()
         engine.engine.remove_adapter(digest)
-        if num_rounds % 4 == 3:
-            engine.engine.abort(RequestId(key))
-        while engine.outputs[key].finish_reason is None:
+        if i % 4 == 3:
+            engine.engine.abort(RequestId(f"short-{i}"))
+        while engine.outputs[f"short-{i}"].finish_reason is None:
             engine.step()
             engine.await_loads()
         engine.engine._scheduler.check_integrity()
-        num_rounds += 1
-    assert num_rounds > 2 * len(coming)
-    for i, (name, prompt) in enumerate(decoding):
-        assert engine.outputs[f"long-{i}"].token_ids == tiny.answer(name, prompt, 200)
+    engine.run()
+    streams.check()
     for i in range(num_rounds):
         output = engine.outputs[f"short-{i}"]
         was_aborted = output.finish_reason is FinishReason.ABORT
         assert output.finish_reason is FinishReason.LENGTH or (was_aborted and i % 4 == 3)
-        expected = tiny.answer(coming[i % len(coming)], decoding[0][1], 6)
+        expected = tiny.answer(coming[i % len(coming)], prompt, 6)
         assert output.token_ids == (expected[: len(output.token_ids)] if was_aborted else expected)
     check_nothing_is_held(engine)
     engine.engine.remove_adapter(tiny.adapter("resident").digest)
     engine.step()
     assert engine.engine.stats().pages_adapter == 0
     assert engine.engine.stats().resident_adapters == ()
-    assert num_mapped(engine) == mapped_before
+    assert num_mapped() == mapped_before
     engine.close()
 
 
-def test_a_working_set_of_four_times_the_memory_is_served_rightly(tiny: TinyHome, page_bytes: int) -> None:
-    num_resident, num_adapters, num_each = 4, 16, 6
+@pytest.mark.parametrize("num_each", [6, pytest.param(400, marks=pytest.mark.soak)])
+def test_a_working_set_of_four_times_the_memory_is_served_rightly(
+    tiny: TinyHome, page_bytes: int, num_each: int
+) -> None:
+    num_resident, num_adapters = 4, 16
     names = [f"thrash-{i}" for i in range(num_adapters)]
     for name in names:
         tiny.adapter(name, rank=32)
     num_pages = num_resident * pages_of(tiny, names[0], page_bytes) + 24
-    engine = tiny.engine(*names, memory_bytes=num_pages * page_bytes)
+    engine = tiny.engine(*names, memory_bytes=num_pages * page_bytes, max_queued=num_each * num_adapters)
     prompts = [random_prompts(seed=60 + i)[1] for i in range(2)]
     order = [name for _ in range(num_each) for name in names]
     random.Random(1).shuffle(order)

@@ -71,7 +71,7 @@ def _cost(cells: tuple[CostCell, ...]) -> Callable[[Axes], None]:
         for concurrency in dict.fromkeys(cell.concurrency for cell in cells):
             mine = [cell for cell in cells if cell.concurrency == concurrency]
             counts = [cell.num_adapters for cell in mine]
-            [line] = axes.plot(counts, [1e3 * cell.decode_s for cell in mine], "o-", label=f"{concurrency} sequences")
+            [line] = axes.plot(counts, [1e3 * cell.decode_s for cell in mine], "o-", label=f"C = {concurrency}")
             with_goal = [cell for cell in mine if cell.num_adapters]
             goals_ms = [1e3 * cell.goal_decode_s for cell in with_goal]
             axes.plot([cell.num_adapters for cell in with_goal], goals_ms, "--", marker=".", color=line.get_color())
@@ -79,7 +79,9 @@ def _cost(cells: tuple[CostCell, ...]) -> Callable[[Axes], None]:
         axes.set_xscale("symlog", base=2, linthresh=1)
         counts = sorted({cell.num_adapters for cell in cells})
         axes.set_xticks(counts, [str(count) for count in counts])
-        axes.set(xlabel="adapters in the batch", ylabel="decode step, ms", title="What adapters cost a step")
+        axes.set(
+            xlabel="adapters in a batch of C sequences", ylabel="decode step, ms", title="What adapters cost a step"
+        )
         axes.set_ylim(bottom=0)
         axes.legend()
 
@@ -137,7 +139,7 @@ def _ranks(cells: tuple[RankCell, ...]) -> Callable[[Axes], None]:
     def paint(axes: Axes) -> None:
         names = [" and ".join(map(str, cell.ranks)) or "base" for cell in cells]
         bars = axes.bar(names, [1e3 * cell.decode_s for cell in cells], width=0.5)
-        axes.bar_label(bars, fmt="%.1f")
+        axes.bar_label(bars, fmt="%.1f", label_type="center", color="white")
         for place, cell in enumerate(cells):
             if cell.ranks:
                 goal_ms = 1e3 * cell.goal_decode_s
