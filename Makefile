@@ -13,7 +13,7 @@ PACKAGE := pyproject.toml setup.py $(wildcard src/rekindle/engine/kernels/native
 
 GPU_PYTHON ?= python3
 
-.PHONY: help serve test lint demo demo-adapters bench gpu-check clean compiler
+.PHONY: help serve test soak lint demo demo-adapters bench bench-lora gpu-check clean compiler
 .DEFAULT_GOAL := help
 
 help:
@@ -21,7 +21,9 @@ help:
 	@echo "make test           install, then run every check that CI runs"
 	@echo "make lint           format, lint and type-check only"
 	@echo "make demo-adapters  train the demo adapters again"
-	@echo "make bench          measure an engine on this machine"
+	@echo "make soak           the tests of adapters under load, for minutes"
+	@echo "make bench          measure where an engine's time goes on this machine"
+	@echo "make bench-lora     measure what adapters cost an engine on this machine"
 	@echo "make gpu-check      test and measure on a GPU, with the Python in GPU_PYTHON (python3), which has PyTorch"
 	@echo
 	@echo "TORCH_INDEX=URL     where PyTorch is installed from. On x86_64 Linux the default, PyPI, brings CUDA libraries of"
@@ -74,11 +76,17 @@ lint: $(VENV)/test
 test: lint $(DEMO_GGUF)
 	$(BIN)/python -m pytest
 
+soak: $(VENV)/test
+	$(BIN)/python -m pytest -m soak
+
 demo-adapters: $(VENV)/test $(DEMO_GGUF)
 	$(BIN)/python demo/train.py
 
 bench: $(VENV)/serve $(DEMO_GGUF)
 	GOMP_SPINCOUNT=1000 $(BIN)/python benchmarks/engine.py
+
+bench-lora: demo
+	$(BIN)/rekindle bench lora --model $(DEMO_MODEL)
 
 # Runs on a bare machine: nothing is installed, so that it also works without a network.
 gpu-check:

@@ -9,18 +9,18 @@ and KV cache once would take at the memory rate measured first.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from rekindle.bench.hardware import read_rate
+from rekindle.bench.random_adapters import ATTENTION, write_random_adapter
 from rekindle.clock import SystemClock
 from rekindle.engine.engine import Engine
 from rekindle.engine.kernels.native_kernels import NativeKernels, NativeLinear
@@ -28,19 +28,17 @@ from rekindle.engine.runner import Runner
 from rekindle.protocol.adapters import ADAPTER_FILE_NAME, AdapterManifest
 from rekindle.protocol.generation import GenerateRequest
 from rekindle.protocol.identity import AdapterDigest, RequestId
-from rekindle.protocol.models import ModelManifest
 from rekindle.protocol.replica import EngineSettings
 from rekindle.protocol.sampling import SamplingParams
 from rekindle.store.adapter_import import import_adapter
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
-from rekindle.store.safetensors_file import DTYPE_BYTES, TensorStream, write_tensors
-from rekindle.units import GIB, MIB
+from rekindle.store.safetensors_file import DTYPE_BYTES
+from rekindle.units import GIB
 
 GGUF = Path(__file__).parent.parent / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT_TOKENS, NEW_TOKENS = 128, 48
 RANKS = (8, 16, 32, 64)
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class Timers:
@@ -111,12 +109,12 @@ class Bench:
         )  # fmt: skip
         self._timers = Timers()
         self.engine = Engine(settings, SystemClock(), lambda: None)
-        self.read_rate = _read_rate()
+        self.read_rate = read_rate(threads)
         self.model_bytes = self._manifest.num_bytes
         self._adapters: list[AdapterManifest] = []
         for i in range(num_adapters):
             source = directory / f"adapter-{i}"
-            write_random_adapter(source, self._manifest, RANKS[i % len(RANKS)], seed=i)
+            write_random_adapter(source, self._manifest, RANKS[i % len(RANKS)], ATTENTION, seed=i)
             manifest = import_adapter(source, self._manifest, model_dir, home)
             self.engine.add_adapter(manifest, str(home.adapter_directory(manifest.digest) / ADAPTER_FILE_NAME))
             self._adapters.append(manifest)
@@ -154,42 +152,11 @@ class Bench:
         }
 
 
-def write_random_adapter(
-    directory: Path, model: ModelManifest, rank: int, seed: int, targets: Sequence[str] = TARGETS
-) -> None:
-    """A PEFT directory with random weights, A of unit gain and B small."""
-    draw = np.random.default_rng(seed)
-    streams = []
-    for module in model.modules:
-        if module.name.rpartition(".")[2] not in targets:
-            continue
-        for half, shape in (("A", (rank, module.in_features)), ("B", (module.out_features, rank))):
-            values = (draw.standard_normal(shape) * 0.05).astype(np.float32)
-            pieces = [(values.view(np.uint32) >> 16).astype(np.uint16).tobytes()]
-            name = f"base_model.model.{module.name}.lora_{half}.weight"
-            streams.append(TensorStream(name, "BF16", shape, pieces.copy))
-    directory.mkdir()
-    write_tensors(directory / "adapter_model.safetensors", streams)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(targets)}
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-
-
 def _request(name: str, draw: random.Random, adapter: AdapterDigest | None) -> GenerateRequest:
     prompt = tuple(draw.randrange(1000, 40_000) for _ in range(PROMPT_TOKENS))
     return GenerateRequest(
         RequestId(name), prompt, SamplingParams(NEW_TOKENS, seed=0, temperature=0.0), adapter=adapter
     )
-
-
-def _read_rate() -> float:
-    """Bytes a second that all threads read together from memory far beyond the caches."""
-    data = torch.ones(256 * MIB, dtype=torch.float32)
-    times = []
-    for _ in range(5):
-        started_s = time.perf_counter()
-        data.sum()
-        times.append(time.perf_counter() - started_s)
-    return data.nbytes / min(times)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from engine import GGUF, write_random_adapter
+from engine import GGUF
+from rekindle.bench.random_adapters import write_random_adapter
 from rekindle.clock import Clock, SystemClock
 from rekindle.engine import engine as engine_module
 from rekindle.engine.engine import Engine
@@ -90,7 +91,7 @@ class Bench:
         self._num_runs = 0
         for i in range(NUM_ADAPTERS):
             source = directory / f"adapter-{i}"
-            write_random_adapter(source, model, 16, seed=i, targets=targets)
+            write_random_adapter(source, model, 16, targets, seed=i)
             manifest = import_adapter(source, model, model_dir, home)
             self.engine.add_adapter(manifest, str(home.adapter_directory(manifest.digest) / ADAPTER_FILE_NAME))
             self._adapters.append(manifest.digest)

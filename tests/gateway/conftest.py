@@ -8,7 +8,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -213,6 +213,13 @@ class FakeAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class FakeName:
+    name: str
+    base: ModelDigest
+    created_s: int
+
+
+@dataclass(frozen=True, slots=True)
 class FakeResolution:
     base_digest: ModelDigest
     adapter: FakeAdapter | None
@@ -235,8 +242,16 @@ class MemoryCatalog:
         adapter = self.by_name[names[0]]
         return FakeResolution(self.bases[adapter.base_name], adapter)
 
-    def adapters(self) -> list[FakeAdapter]:
-        return list(self.by_name.values())
+    def adapter_names(self, bases: Collection[ModelDigest]) -> list[FakeName]:
+        served = [adapter for _, adapter in sorted(self.by_name.items()) if adapter.manifest.base in bases]
+        return [FakeName(adapter.name, adapter.manifest.base, adapter.created_s) for adapter in served]
+
+    def adapter_page(self, bases: Collection[ModelDigest], after: str | None, limit: int) -> list[FakeAdapter]:
+        names = [adapter.name for adapter in self.adapter_names(bases) if after is None or adapter.name > after]
+        return [self.by_name[name] for name in names[:limit]]
+
+    def is_named(self, digest: AdapterDigest) -> bool:
+        return any(adapter.manifest.digest == digest for adapter in self.by_name.values())
 
     def adapter(self, name: str) -> FakeAdapter:
         if name not in self.by_name:

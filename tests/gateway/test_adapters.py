@@ -112,7 +112,7 @@ async def test_a_version_that_loses_its_name_before_its_request_begins_is_forgot
     adapter = services.catalog.register_adapter("swapped", base.name, manifest, tmp_path)
     versions = AdapterVersions(services.catalog)
     services.catalog.remove_adapter("swapped")
-    await versions.retire_unless_named(base, manifest)
+    await versions.retire_unless_named(manifest)
     async with versions.lease(base, adapter):
         assert replica.adapters == {manifest.digest: path}
     assert replica.adapters == {}
@@ -238,7 +238,7 @@ def test_a_registration_that_fails_leaves_nothing_behind(server, client, registe
     )
     assert refusal(register("new", server.write_adapter(f"new {where} {status}")), status)
     server.replica.adapter_refusal = server.catalog.refusal = None
-    assert [adapter.name for adapter in server.catalog.adapters()] == ["kept"]
+    assert list(server.catalog.by_name) == ["kept"]
     assert httpx.get(f"{server.url}/v1/adapters/kept").json()["version"] == version
     client.chat.completions.create(model="kept", messages=HELLO)
 

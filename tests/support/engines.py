@@ -56,6 +56,7 @@ class LocalEngine:
         }
         self.model_dir, self.manifest = model_dir, manifest
         self._wakened = threading.Event()
+        self._num_loads = 0
         self.engine = Engine(
             EngineSettings(**settings),  # type: ignore[arg-type]
             clock or SystemClock(),
@@ -74,6 +75,7 @@ class LocalEngine:
 
     def step(self) -> None:
         """One step; waits for an adapter load if nothing else can be done."""
+        self._num_loads = self.engine.stats().adapter_loads_total
         if not self.engine.has_runnable and self._unfinished():
             self._wakened.wait(10)
         self._wakened.clear()
@@ -86,6 +88,11 @@ class LocalEngine:
             if chunk.cached_tokens is not None:
                 output.cached_tokens = chunk.cached_tokens
             output.finish_reason, output.error = chunk.finish_reason, chunk.error
+
+    def await_loads(self) -> None:
+        """Let the loads that the latest step began end before the next, as they do where steps are long."""
+        if self.engine.stats().adapter_loads_total > self._num_loads:
+            assert self._wakened.wait(10)
 
     def run(self, requests: Iterable[GenerateRequest] = (), max_steps: int = 20_000) -> dict[str, Output]:
         """Submit, then step until everything has finished."""

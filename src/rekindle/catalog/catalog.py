@@ -8,7 +8,7 @@ without a row. Removing or replacing a name deletes nothing, since requests on w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -19,16 +19,17 @@ from sqlalchemy import Connection, Engine, Row, Select, delete, func, insert, se
 from sqlalchemy.exc import DatabaseError, OperationalError
 
 from rekindle.catalog.files import FileStore
-from rekindle.catalog.records import AdapterRecord, ModelRecord, Resolved, check_name
+from rekindle.catalog.records import AdapterName, AdapterRecord, ModelRecord, Resolved, check_name
 from rekindle.catalog.schema import BUSY_TIMEOUT_S, WRITES, open_engine
 from rekindle.catalog.tables import MAX_NAME_CHARS, adapter_versions, adapters, models, state
 from rekindle.clock import Clock, SystemClock
 from rekindle.errors import ConfigurationError, Conflict, NotFound, RetryLater
 from rekindle.protocol.adapters import ADAPTER_FILE_NAME, AdapterManifest
-from rekindle.protocol.identity import ModelDigest
+from rekindle.protocol.identity import AdapterDigest, ModelDigest
 from rekindle.protocol.models import ModelManifest
 
-_MAX_CACHED_MANIFESTS = 10_000
+_MAX_CACHED_MANIFESTS = 1000
+"""A manifest of 210 matrices takes about 70 kB of memory."""
 _DIGESTS_PER_QUERY = 500
 
 _CURRENT = (adapters.c.name == adapter_versions.c.adapter_name) & (adapters.c.version == adapter_versions.c.version)
@@ -137,6 +138,28 @@ class Catalog:
             query = query.where(adapters.c.base_name == base_name)
         with self._reading() as connection:
             return self._adapters(connection, query)
+
+    def adapter_names(self, bases: Collection[ModelDigest]) -> list[AdapterName]:
+        """The adapters of these bases, by name, without their manifests."""
+        query = select(adapters.c.name, adapter_versions.c.base_digest, adapter_versions.c.created_s)
+        query = query.join(adapter_versions, _CURRENT).where(adapter_versions.c.base_digest.in_(bases))
+        with self._reading() as connection:
+            return [AdapterName(*row) for row in connection.execute(query.order_by(adapters.c.name))]
+
+    def adapter_page(self, bases: Collection[ModelDigest], after: str | None, limit: int) -> list[AdapterRecord]:
+        """The next `limit` adapters of these bases, by name, beginning after the name `after`."""
+        query = select(*_ADAPTER_COLUMNS).join(adapter_versions, _CURRENT).order_by(adapters.c.name).limit(limit)
+        query = query.where(adapter_versions.c.base_digest.in_(bases))
+        if after is not None:
+            query = query.where(adapters.c.name > after)
+        with self._reading() as connection:
+            return self._adapters(connection, query)
+
+    def is_named(self, digest: AdapterDigest) -> bool:
+        """Whether a name stands for this version now."""
+        query = select(adapters.c.name).join(adapter_versions, _CURRENT).where(adapter_versions.c.digest == digest)
+        with self._reading() as connection:
+            return connection.execute(query.limit(1)).first() is not None
 
     def adapter(self, name: str) -> AdapterRecord:
         """One adapter in its current version; raises `NotFound`."""

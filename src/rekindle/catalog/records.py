@@ -37,6 +37,15 @@ class AdapterRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterName:
+    """What a list of many adapters says of each: its name, its base, and when its version came, in Unix seconds."""
+
+    name: str
+    base: ModelDigest
+    created_s: int
+
+
+@dataclass(frozen=True, slots=True)
 class Resolved:
     """What a request's `model` field means at this moment. `adapter` is None for a base model."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from rekindle.errors import RekindleError
 from rekindle.version import VERSION
 
+_MEASUREMENTS = ["cost", "thrash", "loads", "ranks"]
 _DESCRIPTION = "Serve many LoRA adapters from one resident base model, behind the OpenAI API."
 
 
@@ -48,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_models(commands)
     _add_adapters(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -93,6 +95,41 @@ def _add_adapters(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     listing.add_argument("--names", action="store_true", help="print nothing but names, one a line")
     remove = _command(adapters, "rm", "remove an adapter", "rekindle.cli.adapters", "remove")
     remove.add_argument("name")
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser("bench", help="measure an engine on this machine").add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
+    lora = _command(bench, "lora", "measure what adapters cost an engine, without HTTP", "rekindle.cli.bench", "lora")
+    lora.add_argument("--model", metavar="NAME", help="the base model (default: the only one there is)")
+    lora.add_argument(
+        "--only", nargs="+", default=_MEASUREMENTS, choices=_MEASUREMENTS, help="what to measure (default: everything)"
+    )
+    for name, default, text in (
+        ("adapters", [0, 1, 8, 32, 64], "numbers of adapters in a batch"),
+        ("concurrency", [1, 8, 32, 64], "numbers of sequences in a batch"),
+        ("ranks", [8, 16, 32, 64], "ranks, given to the adapters in turn"),
+    ):
+        shown = " ".join(map(str, default))
+        lora.add_argument(
+            f"--{name}", type=int, nargs="+", default=default, metavar="N", help=f"{text} (default: {shown})"
+        )
+    lora.add_argument(
+        "--targets", nargs="+", default=["attention"], metavar="MODULE",
+        help="modules the adapters change, by name, or attention, or all-linear (default: attention)",
+    )  # fmt: skip
+    lora.add_argument("--seconds", type=float, default=8.0, metavar="S", help="length of each timed run (default: 8)")
+    lora.add_argument(
+        "--rate", type=float, metavar="R", help="requests a second of thrash (default: half of what can be served)"
+    )
+    lora.add_argument("--seed", type=int, default=0, help="of adapters, prompts and arrivals (default: 0)")
+    lora.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override one setting of the engine, such as engine.threads=4; may be repeated",
+    )  # fmt: skip
+    lora.add_argument("--json", type=Path, metavar="FILE", help="write all figures to a file")
+    lora.add_argument("--plot", type=Path, metavar="DIR", help="draw pictures into a directory; needs matplotlib")
 
 
 def _command(

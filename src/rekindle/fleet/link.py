@@ -11,6 +11,7 @@ import socket
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
+from rekindle.engine.environment import ENVIRONMENT
 from rekindle.errors import InternalError
 from rekindle.protocol.replica import Shutdown
 from rekindle.protocol.wire import HEADER, Message, WireError, decode, encode, parse_header
@@ -19,9 +20,6 @@ LOG_LINE_BYTES = 16 << 10
 """Longer lines of an engine's log are cut into several."""
 
 _REAP_S = 10.0
-_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
-"""How long threads of an engine that wait for each other spin before they sleep. The default, milliseconds, multiplies
-the time of a step as soon as the gateway or anything else wants a core; none at all costs a wake-up per operation."""
 
 _logger = logging.getLogger(__name__)
 _engine_logger = logging.getLogger("rekindle.engine")
@@ -79,7 +77,7 @@ class EngineLink:
                     stdout=asyncio.subprocess.DEVNULL,
                     stderr=asyncio.subprocess.PIPE,
                     start_new_session=True,
-                    env={**_ENVIRONMENT, **os.environ},
+                    env={**ENVIRONMENT, **os.environ},
                 )
             except OSError as error:
                 writer.transport.abort()

@@ -16,7 +16,7 @@ from rekindle.catalog.records import check_name
 from rekindle.errors import Conflict, InvalidRequest, NotFound, RekindleError
 from rekindle.gateway.adapter_versions import AdapterVersions
 from rekindle.gateway.schemas import AdapterBody
-from rekindle.gateway.seams import AdapterImporter, Catalog, RegisteredAdapter, ServedBase
+from rekindle.gateway.seams import AdapterImporter, Catalog, ListedAdapter, RegisteredAdapter, ServedBase
 from rekindle.gateway.worker_threads import WorkerThreads
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.store.adapter_source import resolve_source
@@ -57,11 +57,13 @@ class AdapterRegistry:
         self._importers = importers
         self._turns: dict[str, _Turn] = {}
 
-    async def list(self) -> list[RegisteredAdapter]:
-        """Adapters of the bases served here, by name."""
-        adapters = await asyncio.to_thread(self._catalog.adapters)
-        served = [adapter for adapter in adapters if adapter.manifest.base in self._by_digest]
-        return sorted(served, key=lambda adapter: adapter.name)
+    async def names(self) -> Sequence[ListedAdapter]:
+        """All adapters of the bases served here, by name."""
+        return await asyncio.to_thread(self._catalog.adapter_names, self._by_digest)
+
+    async def page(self, after: str | None, limit: int) -> Sequence[RegisteredAdapter]:
+        """The next `limit` adapters of the bases served here, by name, beginning after the name `after`."""
+        return await asyncio.to_thread(self._catalog.adapter_page, self._by_digest, after, limit)
 
     async def get(self, name: str) -> RegisteredAdapter:
         """The adapter of that name.
@@ -103,7 +105,7 @@ class AdapterRegistry:
             manifest, path = await self._importers.run(self._import_adapter, source, base.manifest)
             adapter = await self._switch(body.name, base, base_name, manifest, path, source)
             if before is not None and before.manifest.digest != manifest.digest:
-                await self._versions.retire_unless_named(base, before.manifest)
+                await self._versions.retire_unless_named(before.manifest)
             return Registered(adapter, is_new=before is None)
 
     async def remove(self, name: str) -> RegisteredAdapter:
@@ -113,9 +115,9 @@ class AdapterRegistry:
             NotFound: there is no such adapter.
         """
         async with self._turn(name):
-            adapter = await self.get(name)
+            await self.get(name)
             removed = await asyncio.to_thread(self._catalog.remove_adapter, name)
-            await self._versions.retire_unless_named(self.base_of(adapter), removed.manifest)
+            await self._versions.retire_unless_named(removed.manifest)
             return removed
 
     async def _switch(
@@ -126,7 +128,7 @@ class AdapterRegistry:
             await self._versions.announce(base, manifest, path)
             return await asyncio.to_thread(self._catalog.register_adapter, name, base_name, manifest, source)
         except RekindleError:
-            await self._versions.retire_unless_named(base, manifest)
+            await self._versions.retire_unless_named(manifest)
             raise
 
     async def _find(self, name: str) -> RegisteredAdapter | None:

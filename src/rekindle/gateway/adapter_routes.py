@@ -38,7 +38,7 @@ async def list_adapters(
     after: str | None = None,
 ) -> dict[str, Any]:
     """Adapters by name, `limit` at a time, beginning after the name `after`."""
-    adapters = [adapter for adapter in await state.adapters.list() if after is None or adapter.name > after]
+    adapters = await state.adapters.page(after, limit + 1)
     data = [_adapter_object(state, adapter) for adapter in adapters[:limit]]
     return {
         "object": "list",

@@ -10,7 +10,6 @@ from rekindle.gateway.documentation import body_schema
 from rekindle.gateway.fields import CHAT_FIELDS, COMPLETION_FIELDS
 from rekindle.gateway.reply import GenerationReply
 from rekindle.gateway.schemas import ChatBody, CompletionBody
-from rekindle.gateway.seams import RegisteredAdapter
 from rekindle.gateway.served_model import ServedModel
 from rekindle.gateway.state import GatewayState, state_of
 
@@ -38,17 +37,21 @@ async def create_completion(request: Request, state: State) -> Response:
 @router.get("/models")
 async def list_models(state: State) -> dict[str, Any]:
     """The base models served here and their adapters."""
-    adapters = await state.adapters.list()
+    adapters = await state.adapters.names()
     bases = [{**_base_object(model), "id": name} for model in state.models.values() for name in model.base.names]
-    return {"object": "list", "data": [*bases, *(_adapter_object(state, adapter) for adapter in adapters)]}
+    return {
+        "object": "list",
+        "data": [*bases, *(_adapter_object(state.models[it.base], it.name, it.created_s) for it in adapters)],
+    }
 
 
 @router.get("/models/{name:path}")
 async def retrieve_model(name: str, state: State) -> dict[str, Any]:
     """One base model or adapter, by any name a request may use."""
     target = await state.resolve(name)
-    found = _base_object(target.model) if target.adapter is None else _adapter_object(state, target.adapter)
-    return {**found, "id": name}
+    if target.adapter is None:
+        return {**_base_object(target.model), "id": name}
+    return _adapter_object(target.model, name, target.adapter.created_s)
 
 
 def _base_object(model: ServedModel) -> dict[str, Any]:
@@ -63,11 +66,5 @@ def _base_object(model: ServedModel) -> dict[str, Any]:
     }
 
 
-def _adapter_object(state: GatewayState, adapter: RegisteredAdapter) -> dict[str, Any]:
-    model = state.models[adapter.manifest.base]
-    return {
-        **_base_object(model),
-        "id": adapter.name,
-        "created": adapter.created_s,
-        "parent": model.base.name,
-    }
+def _adapter_object(model: ServedModel, name: str, created_s: int) -> dict[str, Any]:
+    return {**_base_object(model), "id": name, "created": created_s, "parent": model.base.name}

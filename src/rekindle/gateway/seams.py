@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -61,6 +61,17 @@ class RegisteredAdapter(Protocol):
     def created_s(self) -> int: ...
 
 
+class ListedAdapter(Protocol):
+    """What a list of all adapters says of each; `created_s` in Unix seconds."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def base(self) -> ModelDigest: ...
+    @property
+    def created_s(self) -> int: ...
+
+
 class Resolution(Protocol):
     """What a request's `model` field means at this moment. `adapter` is None for a base model."""
 
@@ -77,8 +88,18 @@ class Catalog(Protocol):
         """A base or an adapter of that whole name, else `base:adapter`; raises `NotFound`."""
         ...
 
-    def adapters(self) -> Sequence[RegisteredAdapter]:
-        """All adapters by name, each in its current version."""
+    def adapter_names(self, bases: Collection[ModelDigest]) -> Sequence[ListedAdapter]:
+        """All adapters of these bases, by name."""
+        ...
+
+    def adapter_page(
+        self, bases: Collection[ModelDigest], after: str | None, limit: int
+    ) -> Sequence[RegisteredAdapter]:
+        """The next `limit` adapters of these bases, by name, each in its current version."""
+        ...
+
+    def is_named(self, digest: AdapterDigest) -> bool:
+        """Whether a name stands for this version now."""
         ...
 
     def adapter(self, name: str) -> RegisteredAdapter:

@@ -1,11 +1,11 @@
-"""What `rekindle serve` makes of the settings of its engines."""
+"""What the settings of a server come to for each of its engines."""
 
 from pathlib import Path
 
 import pytest
 
 from rekindle.catalog.records import ModelRecord
-from rekindle.cli import serve
+from rekindle.cli import engines
 from rekindle.cli.settings import EngineOptions
 from rekindle.errors import ConfigurationError
 from rekindle.units import GIB
@@ -18,21 +18,21 @@ def record(name: str) -> ModelRecord:
 
 def test_a_gpu_is_taken_where_there_is_a_driver_and_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     driver = tmp_path / "driver"
-    monkeypatch.setattr(serve, "_GPU_DRIVER", driver)
-    monkeypatch.setattr(serve, "find_spec", lambda name: object())
-    assert serve._engine_settings(EngineOptions(memory=GIB), [record("a")])[0].device == "cpu"
+    monkeypatch.setattr(engines, "_GPU_DRIVER", driver)
+    monkeypatch.setattr(engines, "find_spec", lambda name: object())
+    assert engines.engine_settings(EngineOptions(memory=GIB), [record("a")])[0].device == "cpu"
     driver.touch()
-    (on_gpu,) = serve._engine_settings(EngineOptions(), [record("a")])
+    (on_gpu,) = engines.engine_settings(EngineOptions(), [record("a")])
     assert (on_gpu.device, on_gpu.dtype, on_gpu.memory_bytes) == ("cuda", "bfloat16", 0)
-    monkeypatch.setattr(serve, "find_spec", lambda name: None)
-    assert serve._engine_settings(EngineOptions(memory=GIB), [record("a")])[0].device == "cpu"
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    assert engines.engine_settings(EngineOptions(memory=GIB), [record("a")])[0].device == "cpu"
 
 
 def test_models_that_share_a_gpu_need_a_budget() -> None:
     records = [record("a"), record("b")]
     with pytest.raises(ConfigurationError, match=r"2 models are to share cuda:1.*engine\.memory"):
-        serve._engine_settings(EngineOptions(device="cuda:1"), records)
-    settings = serve._engine_settings(EngineOptions(device="cuda:1", memory=GIB), records)
+        engines.engine_settings(EngineOptions(device="cuda:1"), records)
+    settings = engines.engine_settings(EngineOptions(device="cuda:1", memory=GIB), records)
     assert [it.memory_bytes for it in settings] == [settings[0].memory_bytes] * 2
     assert 0 < settings[0].memory_bytes <= GIB // 2
 
@@ -40,4 +40,4 @@ def test_models_that_share_a_gpu_need_a_budget() -> None:
 @pytest.mark.parametrize("asked", ["gpu", "cuda:", "CPU", "cuda:x", "cuda:1 "])
 def test_unknown_devices_are_refused_by_name(asked: str) -> None:
     with pytest.raises(ConfigurationError, match=r"engine\.device .* choose auto, cpu, cuda or cuda:N"):
-        serve._engine_settings(EngineOptions(device=asked), [record("a")])
+        engines.engine_settings(EngineOptions(device=asked), [record("a")])

@@ -1,0 +1,17 @@
+"""`rekindle bench`: measure engines on this machine. Each kind of measurement is a module of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from rekindle.engine.environment import ENVIRONMENT
+
+
+def lora(arguments: argparse.Namespace) -> int:
+    """Measure what adapters cost an engine in this process."""
+    os.environ.update({**ENVIRONMENT, **os.environ})
+    # Not at the top: it loads PyTorch, whose threads read the environment once, and this is to be an engine's.
+    from rekindle.cli.bench_lora import measure
+
+    return measure(arguments)
