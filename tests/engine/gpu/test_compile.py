@@ -15,7 +15,8 @@ import pytest
 from support import gpu_compile
 
 LAUNCH_FILES = sorted(Path(__file__).parent.glob("launches_*.py"))
-MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+MAX_SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
+"""Of a block, by compute capability. 8.6 and 8.9 are given what 8.0 is, and have less than its 163 KiB."""
 MAX_REGISTERS = 255
 
 

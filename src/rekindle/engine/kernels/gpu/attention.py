@@ -12,8 +12,9 @@ whichever chunk or tile it is computed. A row alone in its step sums in another 
 `deterministic` has every row computed in tiles, at the price of slow steps over few long sequences.
 
 Nothing on the path of single rows reads the batch's lists or waits for the device, and its launches depend on the
-tensors' sizes only: a captured graph may be replayed for any lengths. Sequences that pad it have a context of 0, and
-their output rows are not written.
+tensors' sizes only: a captured graph may be replayed for any lengths that the page table's width allows. Sequences that
+pad it have a context of 0, and their output rows are not written. Kernels are compiled when first launched, which must
+come before a capture.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ def _attend_single_rows(
     blocks, splitting = _single_row_blocks(shape, qkv_TE.dtype), _splitting(shape)
     num_sequences, table_width = batch.pages_SM.shape
     longest = table_width * pool.kv_PLBCD.shape[2]
+    if shape.window > 0:
+        longest = min(longest, shape.window + blocks.keys)  # the first block may begin before the window
     table_splits = min(splitting.max_splits, triton.cdiv(longest, splitting.min_tokens))
     partial_SWHD = qkv_TE.new_empty((num_sequences, table_splits, shape.num_heads, shape.head_dim), dtype=torch.float32)
     weight_SWH = qkv_TE.new_empty((num_sequences, table_splits, shape.num_heads), dtype=torch.float32)
@@ -142,9 +145,9 @@ def _attend_in_tiles(
     skip_single_rows: bool,
 ) -> None:
     blocks = _tile_blocks(shape, qkv_TE.dtype)
-    num_sequences = len(batch.context_S)
+    num_rows, num_sequences = len(qkv_TE), len(batch.context_S)
     queries = blocks.rows // (shape.num_heads // shape.num_kv_heads)
-    max_tiles = len(qkv_TE) // queries + num_sequences  # each sequence has at most one tile that is not full
+    max_tiles = min(num_rows, num_rows // queries + num_sequences)  # at most one tile of a sequence is not full
     tile_kernel[(max_tiles * shape.num_kv_heads,)](
         qkv_TE,
         pool.kv_PLBCD,
@@ -167,8 +170,8 @@ def _attend_in_tiles(
 
 
 def _single_row_blocks(shape: AttentionShape, dtype: torch.dtype) -> _Blocks:
-    """A block of keys is 16 KiB, and as much of values: three stages of them keep a multiprocessor's share of the
-    bandwidth in flight, and two programs fit beside each other."""
+    """A block of keys is 16 KiB, and as much of values. With two of each, one loading while the other is used, a
+    multiprocessor of an H100 has room for three programs, which keep 96 KiB in flight."""
     group = shape.num_heads // shape.num_kv_heads
     keys = 16384 // (_padded_dim(shape) * dtype.itemsize)
     return _Blocks(max(_MIN_DOT_ROWS, triton.next_power_of_2(group)), min(max(keys, 16), 128), 4, 3)
@@ -178,11 +181,11 @@ def _tile_blocks(shape: AttentionShape, dtype: torch.dtype) -> _Blocks:
     """The largest tiles that leave every value in registers: Hopper's matrix instructions read operands from shared
     memory, which earlier GPUs hold in registers too."""
     has_wide_heads = _padded_dim(shape) > 128
-    if dtype.itemsize > 2:
-        return _Blocks(32, 32, 4, 1)
+    if dtype.itemsize > 2:  # no tensor cores; for comparisons, not for speed
+        return _Blocks(32, 16, 8, 1)
     if _has_warpgroup_instructions():
         return _Blocks(128, 32, 8, 2) if has_wide_heads else _Blocks(128, 64, 8, 3)
-    return _Blocks(64, 32, 8, 3) if has_wide_heads else _Blocks(128, 64, 8, 2)
+    return _Blocks(64, 32, 8, 2) if has_wide_heads else _Blocks(128, 32, 8, 3)
 
 
 def _splitting(shape: AttentionShape) -> _Splitting:
@@ -229,4 +232,4 @@ def _num_resident_programs(device: torch.device) -> int:
         return 4
     properties = torch.cuda.get_device_properties(device)
     per_multiprocessor = properties.shared_memory_per_multiprocessor // _SINGLE_ROW_SHARED_BYTES
-    return properties.multi_processor_count * per_multiprocessor
+    return properties.multi_processor_count * max(1, per_multiprocessor)

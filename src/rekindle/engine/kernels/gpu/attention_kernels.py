@@ -310,7 +310,7 @@ def tile_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """One kv head's share of a tile of adjacent query positions. A sequence's last tile, with most keys, comes first."""
+    """One kv head's share of a tile of adjacent query positions. A sequence's last tile, with most keys, is first."""
     TILE_QUERIES: tl.constexpr = BLOCK_ROWS // GROUP
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     work = tl.program_id(0) // NUM_KV_HEADS
