@@ -1,0 +1,78 @@
+"""The operations of a forward pass on a GPU, joined."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from rekindle.engine.kernels.gpu.attention import attention
+from rekindle.engine.kernels.gpu.rope import rope_and_store
+from rekindle.engine.kernels.gpu.rowwise import add_rms_norm, gated_activation, rms_norm
+from rekindle.engine.kernels.interface import (
+    AttentionBatch,
+    AttentionShape,
+    KVPool,
+    LoraBatch,
+    LoraGroup,
+    PackedLinear,
+)
+from rekindle.engine.kernels.linear import LinearOps
+
+
+class LoraOp(Protocol):
+    """The low-rank updates of a step, with whatever it keeps between calls."""
+
+    def lora(self, x_TK: torch.Tensor, y_TN: torch.Tensor, batch: LoraBatch, layer: int, group: LoraGroup) -> None:
+        """See `Kernels.lora`."""
+        ...
+
+
+class TritonKernels:
+    """See `Kernels` for the contract of each operation. Matrix products are `linear`'s, low-rank updates `lora`'s.
+
+    `deterministic` attention does not depend on how a context was cut into steps, nor on the batch; that of the whole
+    pass also takes deterministic `linear` and `lora`. Row-wise operations never depend on the batch.
+    """
+
+    def __init__(self, linear: LinearOps, lora: LoraOp, *, deterministic: bool = False) -> None:
+        self._linear, self._lora, self._deterministic = linear, lora, deterministic
+
+    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
+        return self._linear.pack(weight_NK, bias_N)
+
+    def multiply(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
+        return self._linear.multiply(x_TK, weight_NK)
+
+    def rms_norm(
+        self, x_TH: torch.Tensor, weight_H: torch.Tensor, eps: float, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        return rms_norm(x_TH, weight_H, eps, dtype)
+
+    def add_rms_norm(
+        self, x_TH: torch.Tensor, residual_TH: torch.Tensor, weight_H: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        return add_rms_norm(x_TH, residual_TH, weight_H, eps)
+
+    def rope_and_store(
+        self,
+        qkv_TE: torch.Tensor,
+        cos_TD: torch.Tensor,
+        sin_TD: torch.Tensor,
+        pool: KVPool,
+        layer: int,
+        batch: AttentionBatch,
+        shape: AttentionShape,
+    ) -> None:
+        rope_and_store(qkv_TE, cos_TD, sin_TD, pool, layer, batch, shape)
+
+    def attention(
+        self, qkv_TE: torch.Tensor, pool: KVPool, layer: int, batch: AttentionBatch, shape: AttentionShape
+    ) -> torch.Tensor:
+        return attention(qkv_TE, pool, layer, batch, shape, deterministic=self._deterministic)
+
+    def gated_activation(self, gate_up_TF: torch.Tensor, activation: str) -> torch.Tensor:
+        return gated_activation(gate_up_TF, activation)
+
+    def lora(self, x_TK: torch.Tensor, y_TN: torch.Tensor, batch: LoraBatch, layer: int, group: LoraGroup) -> None:
+        self._lora.lora(x_TK, y_TN, batch, layer, group)
