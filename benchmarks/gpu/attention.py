@@ -197,7 +197,7 @@ def _milliseconds(function: Callable[[], object], *, is_recorded: bool = True) -
         calls()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / _CALLS)
+        times.append(float(begin.elapsed_time(end)) / _CALLS)
     return statistics.median(times)
 
 

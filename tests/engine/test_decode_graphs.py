@@ -22,34 +22,12 @@ from rekindle.protocol.identity import AdapterDigest
 from rekindle.store.adapter_import import import_adapter
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
-from support.devices import PagedDevice
+from support.devices import PagedDevice, RerunRecorder
 from support.engines import LocalEngine, greedy
 from support.oracle import oracle_greedy, random_prompts
 from support.tiny import make_adapter, make_model
 
 pytest.importorskip("peft")
-
-
-class Rerun:
-    """A recording that calls the recorded function on the fixed tensors again."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self.replay, self.num_replays = self._replay, 0
-        self._function = function
-        function()
-
-    def _replay(self) -> None:
-        self.num_replays += 1
-        self._function()
-
-
-class Recorder:
-    def __init__(self) -> None:
-        self.recordings: list[Rerun] = []
-
-    def record(self, function: Callable[[], None]) -> Rerun:
-        self.recordings.append(Rerun(function))
-        return self.recordings[-1]
 
 
 class TensorDriven(ReferenceKernels):
@@ -78,7 +56,7 @@ class Served:
         home = Home(directory / "home")
         manifest = import_model(directory / "source", home)
         model_dir = home.model_directory(manifest.digest)
-        self.recorder, kernels = Recorder(), TensorDriven()
+        self.recorder, kernels = RerunRecorder(), TensorDriven()
         self.engine = LocalEngine(model_dir, manifest, device=PagedDevice(lambda: kernels, self.recorder))
         resident = self.engine.engine._adapters
         kernels.known = lambda: [resident.get(digest).matrices for digest in resident.resident()]

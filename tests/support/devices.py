@@ -10,6 +10,28 @@ from rekindle.engine.kernels.interface import AttentionShape, Kernels
 from rekindle.engine.kernels.reference import ReferenceKernels
 
 
+class Rerun:
+    """A recording that calls the recorded function on the fixed tensors again."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.replay, self.num_replays = self._replay, 0
+        self._function = function
+        function()
+
+    def _replay(self) -> None:
+        self.num_replays += 1
+        self._function()
+
+
+class RerunRecorder:
+    def __init__(self) -> None:
+        self.recordings: list[Rerun] = []
+
+    def record(self, function: Callable[[], None]) -> Rerun:
+        self.recordings.append(Rerun(function))
+        return self.recordings[-1]
+
+
 class PagedDevice:
     """The CPU with a GPU's memory layout."""
 

@@ -26,22 +26,32 @@ _DEVIATION = 0.02
 
 
 class RandomWeights:
-    """The tensors of a configuration, the same for the same seed and kind of device; norms are near 1. A
-    `rekindle.engine.weights.WeightSource`."""
+    """The tensors of a configuration, normal with `deviation`, norms around 1; the same for the same `drawn_on`, which
+    is where they are drawn, their own device unless given. A `rekindle.engine.weights.WeightSource`."""
 
-    def __init__(self, config: dict[str, Any], dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        deviation: float = _DEVIATION,
+        drawn_on: torch.device | None = None,
+    ) -> None:
         self.device, self.dtype = device, dtype
+        self._deviation, self._drawn_on = deviation, drawn_on or device
         self._shapes = tensor_shapes(resolve_config(config))
-        self._seeds = {name: seed + i for i, name in enumerate(self._shapes)}
+        self._seeds = {name: i for i, name in enumerate(self._shapes)}
 
     def has(self, name: str) -> bool:
         return name in self._shapes
 
     def tensor(self, name: str) -> torch.Tensor:
         shape = self._shapes[name]
-        draw = torch.Generator(self.device).manual_seed(self._seeds[name])
-        values = torch.randn(shape, generator=draw, device=self.device) * _DEVIATION
-        return (values if len(shape) > 1 else 1 + values).to(self.dtype)
+        draw = torch.Generator(self._drawn_on).manual_seed(self._seeds[name])
+        values = torch.randn(shape, generator=draw, device=self._drawn_on)
+        values = values * self._deviation if len(shape) > 1 else 1 + values * _DEVIATION
+        return values.to(self.device, self.dtype)
 
     def fused(self, names: Sequence[str]) -> torch.Tensor:
         return torch.cat([self.tensor(name) for name in names])

@@ -4,18 +4,10 @@ import pytest
 import torch
 
 from rekindle.engine.kernels.gpu.triton_kernels import TritonKernels
-from rekindle.engine.kernels.interface import AttentionShape, Kernels, LoraBatch, LoraGroup
+from rekindle.engine.kernels.interface import AttentionShape, Kernels
 from rekindle.engine.kernels.linear import BATCH_INVARIANT, PLAIN
 from rekindle.engine.kernels.reference import ReferenceKernels
 from support.paged import attention_batch, kv_pool, random
-
-
-class NoLora:
-    def __init__(self) -> None:
-        self.calls: list[tuple[object, ...]] = []
-
-    def lora(self, *arguments: object) -> None:
-        self.calls.append(arguments)
 
 
 def layer(kernels: Kernels, device: torch.device) -> torch.Tensor:
@@ -41,13 +33,5 @@ def layer(kernels: Kernels, device: torch.device) -> torch.Tensor:
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_layer_equals_the_specification(device: torch.device, deterministic: bool) -> None:
     linear = BATCH_INVARIANT if deterministic else PLAIN
-    found = layer(TritonKernels(linear, NoLora(), deterministic=deterministic), device)
+    found = layer(TritonKernels(linear, deterministic=deterministic), device)
     torch.testing.assert_close(found, layer(ReferenceKernels(), device), rtol=1e-4, atol=1e-5)
-
-
-def test_low_rank_updates_are_handed_on() -> None:
-    updates, x, y = NoLora(), torch.ones(1, 2), torch.ones(1, 3)
-    batch = LoraBatch([0, 1], torch.tensor([0, 1]), torch.zeros(1))
-    group = LoraGroup(0, (0,), (3,))
-    TritonKernels(PLAIN, updates).lora(x, y, batch, 1, group)
-    assert [tuple(map(id, call)) for call in updates.calls] == [tuple(map(id, (x, y, batch, 1, group)))]

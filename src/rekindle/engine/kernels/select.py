@@ -40,4 +40,4 @@ def select_gpu_kernels(*, deterministic: bool) -> Kernels:
         from rekindle.engine.kernels.gpu.triton_kernels import TritonKernels
     except ImportError as error:
         raise ConfigurationError(f"a GPU needs Triton: {error}; install rekindle[gpu]") from error
-    return TritonKernels(BATCH_INVARIANT if deterministic else PLAIN)
+    return TritonKernels(BATCH_INVARIANT if deterministic else PLAIN, deterministic=deterministic)

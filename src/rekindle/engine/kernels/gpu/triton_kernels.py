@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from rekindle.engine.kernels.gpu.attention import attention
+from rekindle.engine.kernels.gpu.lora import GroupedLora
 from rekindle.engine.kernels.gpu.rope import rope_and_store
 from rekindle.engine.kernels.gpu.rowwise import add_rms_norm, gated_activation, rms_norm
 from rekindle.engine.kernels.interface import (
@@ -20,23 +19,16 @@ from rekindle.engine.kernels.interface import (
 from rekindle.engine.kernels.linear import LinearOps
 
 
-class LoraOp(Protocol):
-    """The low-rank updates of a step, with whatever it keeps between calls."""
-
-    def lora(self, x_TK: torch.Tensor, y_TN: torch.Tensor, batch: LoraBatch, layer: int, group: LoraGroup) -> None:
-        """See `Kernels.lora`."""
-        ...
-
-
 class TritonKernels:
-    """See `Kernels` for the contract of each operation. Matrix products are `linear`'s, low-rank updates `lora`'s.
+    """See `Kernels` for the contract of each operation. Matrix products are `linear`'s.
 
-    `deterministic` attention does not depend on how a context was cut into steps, nor on the batch; that of the whole
-    pass also takes deterministic `linear` and `lora`. Row-wise operations never depend on the batch.
+    With `deterministic`, attention and low-rank updates depend neither on the batch nor on how a context was cut into
+    steps; that of the whole pass also takes deterministic `linear`. Row-wise operations never depend on the batch.
     """
 
-    def __init__(self, linear: LinearOps, lora: LoraOp, *, deterministic: bool = False) -> None:
-        self._linear, self._lora, self._deterministic = linear, lora, deterministic
+    def __init__(self, linear: LinearOps, *, deterministic: bool = False) -> None:
+        self._linear, self._deterministic = linear, deterministic
+        self._lora = GroupedLora(deterministic=deterministic)
 
     def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
         return self._linear.pack(weight_NK, bias_N)
