@@ -49,8 +49,9 @@ def measure_loads(bench: Bench) -> Loads:
     kv_pages = bench.kv_pages(NUM_STREAMS + 1, PROMPT_TOKENS + num_tokens)
 
     def drive(rank: int) -> tuple[Driver, list[Adapter]]:
-        num_pages = bench.pool_pages("a load beside the work", [bench.adapter_bytes(rank, ALL_LINEAR)], kv_pages)
-        num_fitting = num_pages // bench.pool_pages("", [bench.adapter_bytes(rank, ALL_LINEAR)], 0)
+        num_bytes = bench.adapter_bytes(rank, ALL_LINEAR)
+        num_pages = bench.pool_pages("a load beside the work", [num_bytes], kv_pages)
+        num_fitting = num_pages // bench.pages_of(num_bytes)
         adapters = bench.make_adapters([rank] * (num_fitting + 1), bench.choices.seed + 30_000, ALL_LINEAR)
         return Driver(bench.settings, num_pages, adapters, bench.choices.seed), adapters
 

@@ -70,15 +70,18 @@ class Bench:
         """Pages of sequences of that length, and the one that the scheduler keeps spare for each."""
         return num_sequences * (-(-num_tokens // self.settings.page_tokens) + 1)
 
+    def pages_of(self, num_bytes: int) -> int:
+        """Pages of an adapter of so many bytes."""
+        return -(-num_bytes // page_bytes(self.settings))
+
     def pool_pages(self, what: str, num_bytes: Sequence[int], kv_pages: int) -> int:
         """Pages that adapters of these bytes take beside `kv_pages`.
 
         Raises:
             ConfigurationError: that is more memory than the run may take.
         """
-        size = page_bytes(self.settings)
-        num_pages = kv_pages + sum(-(-num // size) for num in num_bytes)
-        needed = num_pages * size
+        num_pages = kv_pages + sum(map(self.pages_of, num_bytes))
+        needed = num_pages * page_bytes(self.settings)
         if needed > self.memory_bytes:
             raise ConfigurationError(
                 f"{what} takes a page pool of {format_bytes(needed)}, and {format_bytes(self.memory_bytes)} may be "
