@@ -106,6 +106,7 @@ def lora_case(
         ([1], [5]),
         ([3, 64, 0, 16, 256], [1, 2, 4, 0, 3]),
         ([8, 16, 32, 64] * 8, [1] * 32),
+        ([63, 11, 9, 7, 5, 3, 2, 1] * 4, [6, 1, 1, 3, 1, 2, 1, 1] * 4),
         ([16], [130]),
         ([64, 5], [70, 33]),
     ],
@@ -130,22 +131,56 @@ def test_lora_equals_the_specification(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_lora_row_does_not_depend_on_the_batch_or_the_threads(kernels: NativeKernels, dtype: torch.dtype) -> None:
-    ranks, rows = [8, 32, 3, 64], [40, 1, 7, 2]
-    batch, group = lora_case(dtype, ranks, rows, 96, (96, 32, 32))
-    x = random(batch.row_start[-1], 96, dtype=dtype, seed=7)
-    base = random(batch.row_start[-1], 160, dtype=dtype, seed=8)
-    together = base.clone()
-    kernels.lora(x, together, batch, 1, group)
+@pytest.mark.parametrize(
+    ("ranks", "rows", "in_features", "sizes"),
+    [
+        ([5, 16], [3000, 1], 72, (104, 40)),
+        ([3, 8], [1, 7], 40, (50_003,)),
+        ([6] * 9, [7] * 9, 33, (6001, 1)),
+    ],
+)
+def test_lora_serves_thousands_of_rows_and_outputs(
+    kernels: NativeKernels,
+    dtype: torch.dtype,
+    ranks: list[int],
+    rows: list[int],
+    in_features: int,
+    sizes: tuple[int, ...],
+) -> None:
+    test_lora_equals_the_specification(kernels, dtype, ranks, rows, in_features, sizes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "rows", "sizes"),
+    [
+        ([8, 32, 3, 64], [40, 1, 7, 2], (96, 32, 32)),
+        ([13], [9], (100, 36)),
+        ([64], [1], (96,)),
+        ([8, 24], [2, 13], (6007,)),
+        ([7, 16] * 10, [1] * 20, (77,)),
+    ],
+)
+def test_a_lora_row_does_not_depend_on_the_batch_or_the_threads(
+    kernels: NativeKernels, dtype: torch.dtype, ranks: list[int], rows: list[int], sizes: tuple[int, ...]
+) -> None:
+    batch, group = lora_case(dtype, ranks, rows, 100, sizes)
+    x = random(batch.row_start[-1], 100, dtype=dtype, seed=7)
+    base = random(batch.row_start[-1], sum(sizes), dtype=dtype, seed=8)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    results = []
     try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            results.append(base.clone())
+            kernels.lora(x, results[-1], batch, 1, group)
+        torch.set_num_threads(1)
         for g, count in enumerate(rows):
             for row in range(batch.row_start[g], batch.row_start[g] + count):
                 one = make_lora_batch([0, 1], [batch.adapters[g]])
                 alone = base[row : row + 1].clone()
                 kernels.lora(x[row : row + 1], alone, one, 1, group)
-                assert torch.equal(alone[0], together[row])
+                assert all(torch.equal(alone[0], together[row]) for together in results)
     finally:
         torch.set_num_threads(threads)
 

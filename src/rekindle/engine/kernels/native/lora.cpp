@@ -52,6 +52,8 @@ struct Task {
   float* inner;  // [rows, rank], where the two products are apart
 
   int64_t cost() const { return rank * rows.size() * out_size; }
+  int64_t columns_at_once() const { return SUMS / std::min<int64_t>(rows.size(), TILE_ROWS) / PAIR * PAIR; }
+  bool reads_b_in_order() const { return out_size <= columns_at_once(); }
 };
 
 // What one thread takes where tasks are cut: some ranks of A, or some outputs of B.
@@ -63,10 +65,11 @@ struct Unit {
 // Fetches the ranges of memory that a thread reads one after another, LEAD bytes ahead of its reading.
 //
 // Reading several rows of a matrix side by side halves what a core gets from memory, whatever the processor prefetches
-// for it; fetching line by line in the order of addresses restores it, also across ranges.
+// for it; fetching line by line in the order of addresses restores that, also from one range to the next. It goes to
+// the second-level cache, which has more misses in flight than the first.
 class Ahead {
  public:
-  // `end` is not read.
+  // To be called before the ranges pushed earlier have been read; the first call fetches the first LEAD bytes.
   void push(const void* begin, const void* end) {
     queue_[num_pushed_++ % QUEUE] = {(const char*)begin, (const char*)end};
     if (num_pushed_ == 1) {
@@ -78,7 +81,7 @@ class Ahead {
   void advance(int64_t bytes) {
     if (end_ - at_ < bytes) start();
     if (at_ == nullptr) return;
-    for (int64_t i = 0; i < bytes; i += LINE) prefetch(at_ + i);
+    for (int64_t i = 0; i < bytes; i += LINE) prefetch_to_second_level(at_ + i);
     at_ += bytes;
   }
 
@@ -92,6 +95,7 @@ class Ahead {
   };
 
   void start() {
+    num_started_ = std::max(num_started_, num_pushed_ - QUEUE);
     const Span span = num_started_ < num_pushed_ ? queue_[num_started_++ % QUEUE] : Span{nullptr, nullptr};
     at_ = span.begin;
     end_ = span.end;
@@ -167,14 +171,14 @@ inline void with_rows(int64_t rows, const Body& body) {
 
 // inner[row, rank] = x[row] . A[rank] for some ranks.
 template <class T>
-void shrink(const Call<T>& call, const Task<T>& task, Range ranks, float* inner, Ahead& ahead) {
+void shrink(const Call<T>& call, const Task<T>& task, Range ranks, float* inner, Ahead* ahead) {
   for (int64_t rank = ranks.first; rank < ranks.end; rank += RANK_BLOCK) {
     const int64_t count = std::min(RANK_BLOCK, ranks.end - rank);
     const T* a = task.a + rank * call.size;
     for (int64_t row = 0; row < task.rows.size(); row += DOT_ROWS) {
       const T* x = call.x + (task.rows.first + row) * call.x_stride;
       with_rows(task.rows.size() - row, [&](auto M) {
-        dot_rows<T, M>(x, call.x_stride, a, count, call.size, row > 0 ? nullptr : &ahead, inner + row * task.rank + rank, task.rank);
+        dot_rows<T, M>(x, call.x_stride, a, count, call.size, row == 0 ? ahead : nullptr, inner + row * task.rank + rank, task.rank);
       });
     }
   }
@@ -255,11 +259,10 @@ inline void add_scaled(T* y, const float* sums, int64_t columns, float scale) {
 
 // y[row, columns] += scale * inner[row] . B[columns].
 template <class T>
-void expand(const Call<T>& call, const Task<T>& task, Range columns, const float* inner, Ahead& ahead) {
+void expand(const Call<T>& call, const Task<T>& task, Range columns, const float* inner, Ahead* ahead) {
   thread_local Scratch scratch;
   float* sums = scratch.reserve<float>(SUMS);
-  const int64_t block = SUMS / std::min<int64_t>(task.rows.size(), TILE_ROWS) / PAIR * PAIR;
-  const bool is_in_order = task.out_size <= block;
+  const int64_t block = task.columns_at_once();
   for (int64_t column = columns.first; column < columns.end; column += block) {
     const int64_t count = std::min(block, columns.end - column);
     const int64_t sums_stride = (count + PAIR - 1) / PAIR * PAIR;
@@ -269,7 +272,7 @@ void expand(const Call<T>& call, const Task<T>& task, Range columns, const float
         const T* b = task.b + rank * task.out_size + column;
         with_tile(tile_rows, 1, [&](auto M, auto) {
           outer_block<T, M>(inner + row * task.rank + rank, task.rank, b, task.out_size, ranks, rank == 0, count,
-                            is_in_order && row == 0 ? &ahead : nullptr, sums, sums_stride);
+                            task.reads_b_in_order() && row == 0 ? ahead : nullptr, sums, sums_stride);
         });
       }
       for (int m = 0; m < tile_rows; ++m) {
@@ -314,13 +317,13 @@ void run_whole(const Call<T>& call, std::vector<Task<T>>& tasks, int num_threads
         [&](int64_t i) {
           const Task<T>& task = tasks[i];
           ahead.push(task.a, task.a + task.rank * call.size);
-          ahead.push(task.b, task.b + task.rank * task.out_size);
+          if (task.reads_b_in_order()) ahead.push(task.b, task.b + task.rank * task.out_size);
         },
         [&](int64_t i) {
           const Task<T>& task = tasks[i];
           float* inner = scratch.reserve<float>(task.rows.size() * task.rank);
-          shrink(call, task, {0, task.rank}, inner, ahead);
-          expand(call, task, {0, task.out_size}, inner, ahead);
+          shrink(call, task, {0, task.rank}, inner, &ahead);
+          expand(call, task, {0, task.out_size}, inner, &ahead);
         });
   }
 }
@@ -357,13 +360,13 @@ void run_cut(const Call<T>& call, Plan<T>& plan, int num_threads) {
         [&](int64_t i) {
           const Unit& unit = plan.shrinks[i];
           const Task<T>& task = plan.tasks[unit.task];
-          shrink(call, task, unit.part, task.inner, ahead);
+          shrink(call, task, unit.part, task.inner, &ahead);
         });
 #pragma omp barrier
     expands.work([&](int64_t i) {
       const Unit& unit = plan.expands[i];
       const Task<T>& task = plan.tasks[unit.task];
-      expand(call, task, unit.part, task.inner, ahead);
+      expand(call, task, unit.part, task.inner, nullptr);
     });
   }
 }

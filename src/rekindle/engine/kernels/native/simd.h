@@ -336,5 +336,6 @@ inline void store_pair(float* to, Pair pair, int count) {
 }
 
 inline void prefetch(const void* address) { __builtin_prefetch(address); }
+inline void prefetch_to_second_level(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 }  // namespace rekindle
