@@ -7,12 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+from rekindle.engine import engine as engine_module
+from rekindle.engine.scheduler.merging import MergeState
 from rekindle.protocol.identity import AdapterDigest
 from rekindle.store.adapter_import import import_adapter
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
 from rekindle.units import MIB
 from support.engines import LocalEngine, greedy
+from support.merging import ToldPolicy
+from support.oracle import oracle_prompt_logprobs
 from support.server import DEMO_ADAPTERS, GGUF
 
 transformers = pytest.importorskip("transformers")
@@ -43,8 +47,9 @@ class Served:
         model = transformers.AutoModelForCausalLM.from_pretrained(self.hf_dir, dtype=dtype).eval()
         return model if adapter is None else peft.PeftModel.from_pretrained(model, DEMO_ADAPTERS / adapter).eval()
 
-    def engine(self, dtype: str) -> tuple[LocalEngine, dict[str | None, AdapterDigest | None]]:
-        engine = LocalEngine(self.model_dir, self.manifest, dtype=dtype, memory_bytes=256 * MIB, num_threads=2)
+    def engine(self, dtype: str, **changes: object) -> tuple[LocalEngine, dict[str | None, AdapterDigest | None]]:
+        settings = {"dtype": dtype, "memory_bytes": 256 * MIB, "num_threads": 2, **changes}
+        engine = LocalEngine(self.model_dir, self.manifest, **settings)
         digests: dict[str | None, AdapterDigest | None] = {None: None}
         for source in sorted(DEMO_ADAPTERS.iterdir()):
             manifest = import_adapter(source, self.manifest, self.model_dir, self.home)
@@ -111,6 +116,32 @@ def test_bfloat16_chooses_as_float32_does_wherever_the_choice_is_clear(served: S
     expected = torch.tensor(oracle_prompt_logprobs_of(exact, tokens))
     theirs = torch.tensor(oracle_prompt_logprobs_of(logits[torch.bfloat16].log_softmax(-1), tokens))
     assert float((found - expected).square().mean()) <= 1.5 * float((theirs - expected).square().mean())
+
+
+def test_with_an_adapter_merged_its_rows_and_the_bases_meet_the_same_bound(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "MergePolicy", ToldPolicy)
+    tokens = served.tokens(TEXT)
+    engine, digests = served.engine("bfloat16", merge_bytes=512 * MIB, max_step_tokens=512)
+    policy = engine.engine._merge_policy
+    assert isinstance(policy, ToldPolicy)
+    policy.target = digests["pirate"]
+    engine.run([greedy("load", tokens[:2], 60, digests["pirate"])])
+    assert [outcome.state for outcome in policy.news] == [MergeState.READY]
+    before = engine.engine.stats().steps_merged_total
+    names = (None, "pirate")
+    outputs = engine.run([greedy(str(name), tokens, 1, digests[name], prompt_logprobs=0) for name in names])
+    assert engine.engine.stats().steps_merged_total == before + 1, "both run in one step"
+    engine.close()
+    for name in names:
+        exact, theirs = (
+            torch.tensor(oracle_prompt_logprobs(served.oracle(dtype, name), tokens))
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        entries = outputs[str(name)].prompt_logprobs or ()
+        ours = torch.tensor([entry.logprob for entry in entries if entry is not None])
+        assert float((ours - exact).square().mean()) <= 1.5 * float((theirs - exact).square().mean())
 
 
 def oracle_prompt_logprobs_of(logprobs: torch.Tensor, tokens: list[int]) -> list[float]:
