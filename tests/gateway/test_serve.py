@@ -16,7 +16,8 @@ import pytest
 
 from rekindle.catalog.records import ModelRecord
 from rekindle.cli import main
-from rekindle.cli.serve import RekindleServer, _by_content, _engine_settings
+from rekindle.cli.engines import engine_settings
+from rekindle.cli.serve import RekindleServer, _by_content
 from rekindle.cli.settings import EngineOptions, ServerSettings, Settings
 from rekindle.config import Bytes
 from rekindle.errors import ConfigurationError
@@ -89,7 +90,7 @@ def test_merged_weights_take_their_memory_from_the_pool_of_each_model():
 
     def pools(merge_bytes: int) -> list[tuple[int, int]]:
         options = EngineOptions(dtype="float32", memory=Bytes(8 * GIB), merge_bytes=Bytes(merge_bytes))
-        return [(settings.memory_bytes, settings.merge_bytes) for settings in _engine_settings(options, records)]
+        return [(settings.memory_bytes, settings.merge_bytes) for settings in engine_settings(options, records)]
 
     assert pools(0) == [(3 * GIB, 0)] * 2
     assert pools(GIB) == [(2 * GIB, GIB)] * 2
