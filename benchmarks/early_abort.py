@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from rekindle.engine.scheduler.plan import SequenceResult, StepPlan, StepResult
 from rekindle.engine.scheduler.scheduler import Scheduler, SchedulerConfig
-from rekindle.protocol.adapters import AdapterManifest
+from rekindle.protocol.adapters import ADAPTER_LAYOUT, AdapterManifest
 from rekindle.protocol.generation import FinishReason, GenerateRequest
 from rekindle.protocol.identity import AdapterDigest, ModelDigest, RequestId
 from rekindle.protocol.sampling import SamplingParams
@@ -109,7 +109,9 @@ def _make_scheduler() -> Scheduler:
     scheduler = Scheduler(config)
     for i in range(NUM_ADAPTERS):
         digest = AdapterDigest(f"adapter-{i}")
-        scheduler.add_adapter(AdapterManifest(digest, BASE, "BF16", 1 << 21, (16,), ("q_proj",), ()))
+        scheduler.add_adapter(
+            AdapterManifest(digest, BASE, "BF16", 1 << 21, (16,), ("q_proj",), (), layout=ADAPTER_LAYOUT)
+        )
     return scheduler
 
 

@@ -47,7 +47,7 @@ class AdapterShelf:
         self.reload_s = 0.0
         self.now_s = 0.0
         for name, size in sizes.items():
-            self.memory.adapters.add(manifest(name, size))
+            self.memory.adapters.add(manifest(name, size), "")
 
     def use(self, name, gap_s=1.0):
         adapters, digest = self.memory.adapters, AdapterDigest(name)
@@ -145,7 +145,7 @@ def test_prefix_pages_and_adapters_are_weighed_against_each_other():
             times.note(num_tokens, 0, prompt_token_s * num_tokens)
         memory = PageMemory(config(6), times)
         digest = AdapterDigest("x")
-        memory.adapters.add(manifest("x", 3))
+        memory.adapters.add(manifest("x", 3), "")
         memory.adapters.reference(digest, 0.0)
         memory.adapters.begin_load(digest, memory.take(3), 0.0)
         memory.adapters.end_load(digest, 0.1)
@@ -201,7 +201,7 @@ def test_idle_adapters_are_put_in_order_anew_when_loads_turn_out_to_cost_otherwi
     for number in range(400):
         size = 1 + number % 50
         other = manifest(f"other-{number}", size)
-        adapters.add(other)
+        adapters.add(other, "")
         adapters.begin_load(other.digest, shelf.memory.take(size), shelf.now_s)
         shelf.now_s += 0.01 * size
         adapters.end_load(other.digest, shelf.now_s)

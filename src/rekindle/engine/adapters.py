@@ -72,32 +72,21 @@ class LoadOutcome:
     error: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    load: AdapterLoad
-    path: Path
-    fence: object
-
-
 class AdapterMemory:
     """Loads, keeps and evicts adapters in pool pages. All methods belong to the step loop's thread."""
 
     def __init__(self, loader: VectorLoader, num_layers: int, wake: Callable[[], None]) -> None:
         self._loader, self._num_layers, self._wake = loader, num_layers, wake
-        self._paths: dict[AdapterDigest, Path] = {}
         self._resident: dict[AdapterDigest, ResidentAdapter] = {}
-        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[tuple[LoadOutcome, ResidentAdapter | None]] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read_loop, name="adapter-reader", daemon=True)
         self._reader.start()
 
-    def register(self, digest: AdapterDigest, path: Path) -> None:
-        """Say where a version's file is."""
-        self._paths[digest] = path
-
     def start_load(self, load: AdapterLoad) -> None:
         """Begin filling the pages of one adapter."""
-        self._requests.put(_Request(load, self._paths[load.manifest.digest], self._loader.fence()))
+        fence = self._loader.fence()
+        self._work.put(lambda: self._tell(*self._load(load, fence)))
 
     @property
     def has_finished(self) -> bool:
@@ -123,8 +112,11 @@ class AdapterMemory:
         return self._resident.get(digest)
 
     def evict(self, digest: AdapterDigest) -> None:
-        """Forget an adapter's bytes; its pages may be reused at once."""
-        self._resident.pop(digest).vector.close()
+        """Forget an adapter's bytes; its pages may be reused at once.
+
+        The reader unmaps it: entries of a page table are many, and a step would wait.
+        """
+        self._work.put(self._resident.pop(digest).vector.close)
 
     def resident(self) -> tuple[AdapterDigest, ...]:
         """Digests of all resident adapters."""
@@ -132,7 +124,7 @@ class AdapterMemory:
 
     def close(self) -> None:
         """Stop the reader and forget everything."""
-        self._requests.put(None)
+        self._work.put(None)
         self._reader.join()
         for adapter in self._resident.values():
             adapter.vector.close()
@@ -140,15 +132,18 @@ class AdapterMemory:
 
     def _read_loop(self) -> None:
         _give_way()
-        while (request := self._requests.get()) is not None:
-            self._outcomes.put(self._load(request))
-            self._wake()
+        while (work := self._work.get()) is not None:
+            work()
 
-    def _load(self, request: _Request) -> tuple[LoadOutcome, ResidentAdapter | None]:
+    def _tell(self, outcome: LoadOutcome, adapter: ResidentAdapter | None) -> None:
+        self._outcomes.put((outcome, adapter))
+        self._wake()
+
+    def _load(self, load: AdapterLoad, fence: object) -> tuple[LoadOutcome, ResidentAdapter | None]:
         """Whatever goes wrong is the fate of this load, and the reader goes on, hence the broad handler."""
-        manifest = request.load.manifest
+        manifest = load.manifest
         try:
-            vector = self._loader.load(manifest, request.load.pages, request.path, request.fence)
+            vector = self._loader.load(manifest, load.pages, Path(load.path), fence)
             try:
                 return LoadOutcome(manifest.digest), self._resident_view(manifest, vector)
             except BaseException:
@@ -159,7 +154,7 @@ class AdapterMemory:
             return LoadOutcome(manifest.digest, f"adapter {manifest.digest[:12]} could not be loaded: {failure}"), None
 
     def _resident_view(self, manifest: AdapterManifest, vector: AdapterVector) -> ResidentAdapter:
-        table_LPF = torch.zeros(self._num_layers + 1, len(PROJECTIONS), LORA_FIELDS, dtype=torch.int64)
+        table = [[[0] * LORA_FIELDS for _ in PROJECTIONS] for _ in range(self._num_layers + 1)]
         embedding = None
         for binding in manifest.bindings:
             if binding.projection == "embed_tokens":
@@ -168,12 +163,12 @@ class AdapterMemory:
             is_head = binding.projection == "lm_head"
             row = self._num_layers if is_head else binding.layer
             column = 0 if is_head else PROJECTIONS.index(binding.projection)
-            table_LPF[row, column] = torch.tensor(_entry(binding))
+            table[row][column] = _entry(binding)
         replaced = {matrix.projection: matrix for matrix in manifest.replaced}
         return ResidentAdapter(
             manifest,
             vector,
-            vector.matrices(table_LPF),
+            vector.matrices(torch.tensor(table)),
             embedding,
             replaced.get("embed_tokens"),
             replaced.get("lm_head"),

@@ -135,8 +135,7 @@ class Engine:
 
     def add_adapter(self, manifest: AdapterManifest, path: str) -> None:
         """Make a version known; its bytes are read when a request first needs them."""
-        self._adapters.register(manifest.digest, Path(path))
-        self._scheduler.add_adapter(manifest)
+        self._scheduler.add_adapter(manifest, path)
         if self._merge_policy is not None:
             self._merge_policy.add(manifest.digest, adapter_size(manifest, self._arch, self._element_bytes))
 

@@ -22,7 +22,7 @@ from rekindle.store.safetensors_file import data_section
 from rekindle.units import MIB
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PIECE_BYTES = 256 << 10
+_PIECE_BYTES = 64 << 10
 """How much one call reads: between calls the kernel gives the core to whoever has more right to it."""
 
 _GATHERED_BYTES = 64 * MIB

@@ -36,6 +36,7 @@ class Residency(Enum):
 @dataclass(slots=True)
 class _Version:
     manifest: AdapterManifest
+    path: str
     num_bytes: int
     num_pages: int
     residency: Residency = Residency.ABSENT
@@ -88,8 +89,9 @@ class AdapterCache:
                 idle += version.num_bytes
         return in_use, loading, idle
 
-    def add(self, manifest: AdapterManifest) -> None:
-        """Make a version known; adding it again, even after its removal, keeps what is known of it.
+    def add(self, manifest: AdapterManifest, path: str) -> None:
+        """Make a version known; adding it again, even after its removal, keeps what is known of it. `path` is handed to
+        whoever carries out its loads.
 
         Raises:
             AdapterRejected: it belongs to another base model.
@@ -107,9 +109,9 @@ class AdapterCache:
             )
         num_bytes = manifest.num_elements * self._config.element_bytes
         version = self._versions.setdefault(
-            manifest.digest, _Version(manifest, num_bytes, -(-num_bytes // self._config.page_bytes))
+            manifest.digest, _Version(manifest, path, num_bytes, -(-num_bytes // self._config.page_bytes))
         )
-        version.is_removed = False
+        version.path, version.is_removed = path, False
 
     def remove(self, digest: AdapterDigest) -> None:
         """Refuse the version to new sequences and forget it with its last reference; unknown ones are ignored."""
@@ -184,7 +186,7 @@ class AdapterCache:
         version.pages = pages
         self._num_pages_used += len(pages)
         self.loads.begin(digest, version.num_bytes, now_s)
-        return AdapterLoad(version.manifest, pages)
+        return AdapterLoad(version.manifest, version.path, pages)
 
     def end_load(self, digest: AdapterDigest, now_s: float) -> None:
         """The version's bytes are in its pages."""

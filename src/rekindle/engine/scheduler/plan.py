@@ -37,9 +37,10 @@ class PlannedSequence:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLoad:
-    """Read an adapter into `pages`, beside the running steps; report with `Scheduler.adapter_loaded`."""
+    """Read an adapter from its file into `pages`, beside the running steps; report with `Scheduler.adapter_loaded`."""
 
     manifest: AdapterManifest
+    path: str
     pages: tuple[int, ...]
 
 

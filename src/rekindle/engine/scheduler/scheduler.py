@@ -130,13 +130,13 @@ class Scheduler:
             return ()
         return (self._finish(sequence, sequence.chunk(reason=FinishReason.ABORT)),)
 
-    def add_adapter(self, manifest: AdapterManifest) -> None:
-        """Make a version known.
+    def add_adapter(self, manifest: AdapterManifest, path: str = "") -> None:
+        """Make a version known, whose file is at `path`.
 
         Raises:
             AdapterRejected: it belongs to another base model.
         """
-        self._adapters.add(manifest)
+        self._adapters.add(manifest, path)
 
     def remove_adapter(self, digest: AdapterDigest) -> None:
         """Refuse a version to new requests, and forget it once no unfinished sequence uses it."""
