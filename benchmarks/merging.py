@@ -146,6 +146,7 @@ def main() -> None:
     """Measure all cells and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--mixes", choices=MIXES, nargs="+", default=list(MIXES))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--targets", choices=("attention", "all-linear"), default="all-linear")
@@ -158,8 +159,8 @@ def main() -> None:
         bench = Bench(Path(directory), targets, threads, clock)
         print("  C  mix         " + "".join(f"{mode:>9}" for mode in MODES) + "  first auto  merged steps  auto/best")
         for concurrency in arguments.concurrency:
-            for mix, share in MIXES.items():
-                print(_line(bench, mix, share, concurrency, arguments.repetitions), flush=True)
+            for mix in arguments.mixes:
+                print(_line(bench, mix, MIXES[mix], concurrency, arguments.repetitions), flush=True)
         bench.engine.close()
 
 
