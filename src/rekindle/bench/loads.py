@@ -16,7 +16,7 @@ from rekindle.protocol.identity import RequestId
 from rekindle.units import MIB
 
 NUM_STREAMS = 4
-PROMPT_TOKENS, MAX_NEW_TOKENS = 32, 512
+PROMPT_TOKENS, MAX_NEW_TOKENS = 32, 1536
 AIM_LOAD_S, EVERY_S = 0.2, 1.0
 FIRST_RANK = 256
 MAX_BYTES = 512 * MIB

@@ -16,6 +16,7 @@ from rekindle.engine.adapters import ResidentAdapter
 from rekindle.engine.kernels.interface import AdapterMatrices, AttentionBatch, LoraBatch, make_lora_batch
 from rekindle.engine.models.decoder import DecoderWeights, ForwardBatch
 from rekindle.engine.scheduler.plan import PlannedSequence
+from rekindle.engine.transfer import to_device
 from rekindle.protocol.identity import AdapterDigest, RequestId
 
 
@@ -85,8 +86,8 @@ def lay_out(
     ordered = [sequences[i] for i in order]
     adapters = _adapter_rows(ordered, starts, adapter_of)
     forward = ForwardBatch(
-        token_ids_T=torch.tensor(token_ids, device=device),
-        positions_T=torch.tensor(positions, device=device),
+        token_ids_T=to_device(token_ids, torch.int64, device),
+        positions_T=to_device(positions, torch.int64, device),
         attention=_attention_batch(ordered, starts, slots, page_tokens, device),
         lora=lora_batch([rows for rows in adapters if not is_merged(rows, merged)], len(positions), pool_PX),
         unmerge=unmerge_batch(adapters, len(positions), merged, pool_PX),
@@ -174,8 +175,8 @@ def _attention_batch(
     return AttentionBatch(
         query_start=starts,
         context=context,
-        query_start_S1=torch.tensor(starts, dtype=torch.int32, device=device),
-        context_S=torch.tensor(context, dtype=torch.int32, device=device),
-        pages_SM=torch.tensor(padded, dtype=torch.int32, device=device),
-        slots_T=torch.tensor(slots, device=device),
+        query_start_S1=to_device(starts, torch.int32, device),
+        context_S=to_device(context, torch.int32, device),
+        pages_SM=to_device(padded, torch.int32, device),
+        slots_T=to_device(slots, torch.int64, device),
     )

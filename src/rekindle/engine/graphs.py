@@ -57,7 +57,8 @@ class CudaRecorder:
             function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # The adapters' reader calls CUDA meanwhile, which must not spoil the capture.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             function()
         self._pool = self._pool or graph.pool()
         return graph

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from rekindle.engine.transfer import to_device
 from rekindle.errors import InternalError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -112,10 +113,10 @@ def make_lora_batch(
     device = torch.device("cpu") if pool_PX is None else pool_PX.device
     return LoraBatch(
         row_start,
-        torch.tensor(row_start, dtype=torch.int32, device=device),
+        to_device(row_start, torch.int32, device),
         tuple(adapters),
-        torch.tensor([0 if it is None else it.table_LPF.data_ptr() for it in adapters], device=device),
-        torch.tensor([0 if it is None else _place(it).data_ptr() for it in adapters], device=device),
+        to_device([0 if it is None else it.table_LPF.data_ptr() for it in adapters], torch.int64, device),
+        to_device([0 if it is None else _place(it).data_ptr() for it in adapters], torch.int64, device),
         max((it.max_rank for it in adapters if it is not None), default=0),
         pool_PX,
     )
