@@ -41,3 +41,9 @@ def test_models_that_share_a_gpu_need_a_budget() -> None:
 def test_unknown_devices_are_refused_by_name(asked: str) -> None:
     with pytest.raises(ConfigurationError, match=r"engine\.device .* choose auto, cpu, cuda or cuda:N"):
         engines.engine_settings(EngineOptions(device=asked), [record("a")])
+
+
+def test_a_deterministic_engine_is_not_given_memory_to_merge_in() -> None:
+    options = EngineOptions(device="cpu", memory=4 * GIB, deterministic=True, merge_bytes=GIB)
+    with pytest.raises(ConfigurationError, match=r"engine\.deterministic never merges.*merge_bytes"):
+        engines.engine_settings(options, [record("a")])

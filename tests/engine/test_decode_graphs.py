@@ -117,3 +117,19 @@ def test_a_shape_is_recorded_only_after_it_was_wanted_some_times(served: Served)
     assert served.recorder.recordings == []
     served.engine.run([greedy("long", [1, 2, 3], graphs._WANTED_TIMES + 3)])
     assert len(served.recorder.recordings) == 1
+
+
+def test_a_recording_that_fails_leaves_its_shape_to_eager_steps(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[object] = []
+
+    def fail(function: object) -> None:
+        attempts.append(function)
+        raise torch.OutOfMemoryError("no room for a graph")
+
+    monkeypatch.setattr(served.recorder, "record", fail)
+    prompt = random_prompts()[1]
+    outputs = served.engine.run([greedy("r", prompt, 16)])
+    assert outputs["r"].token_ids == oracle_greedy(served.model, prompt, 16)
+    assert len(attempts) == 1

@@ -1,5 +1,7 @@
 """The engine as a whole on a tiny model: isolation of faults, determinism, refusals, adapters coming and going."""
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,11 @@ import pytest
 import torch
 
 from rekindle.clock import ManualClock
+from rekindle.engine.adapters import AdapterMemory
+from rekindle.engine.devices import CudaDevice
 from rekindle.engine.engine import CHECK_INTERVAL_S
 from rekindle.engine.models.decoder import Decoder
+from rekindle.engine.scheduler.plan import AdapterLoad
 from rekindle.engine.scheduler.scheduler import Scheduler
 from rekindle.errors import ConfigurationError, InternalError, InvalidRequest, ModelRejected, NotFound
 from rekindle.protocol.generation import FinishReason, GenerateRequest
@@ -19,6 +24,7 @@ from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
 from support.engines import LocalEngine, Output, greedy
 from support.oracle import oracle_greedy, random_prompts
+from support.scheduling import make_manifest
 from support.tiny import VOCABULARY, make_model
 
 pytest.importorskip("transformers")
@@ -186,3 +192,32 @@ def test_an_engine_whose_page_accounts_are_wrong_ends_when_it_becomes_idle(
     with pytest.raises(InternalError, match="holders"):
         engine.run()
     engine.close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_a_gpu_that_is_not_there_is_refused_for_that_reason(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"cannot be used: PyTorch .* finds 0 CUDA GPUs"):
+        CudaDevice(name)
+
+
+def test_an_engine_that_closes_does_not_carry_out_the_loads_that_wait(tmp_path: Path) -> None:
+    begun: list[object] = []
+    may_go_on = threading.Event()
+
+    class Loader:
+        def fence(self) -> None: ...
+
+        def load(self, manifest: Any, pages: Any, path: Path, fence: object) -> Any:
+            begun.append(path)
+            may_go_on.wait(10)
+            raise OSError("the disk is gone")
+
+    memory = AdapterMemory(Loader(), 2, lambda: None)
+    for i in range(5):
+        memory.start_load(AdapterLoad(make_manifest(f"a{i}"), f"/nowhere/{i}", (i,)))
+    while not begun:
+        time.sleep(0.001)
+    threading.Timer(0.05, may_go_on.set).start()
+    memory.close()
+    assert begun == [Path("/nowhere/0")]

@@ -9,12 +9,13 @@ from rekindle.clock import Clock, ManualClock, SystemClock
 from rekindle.engine import merging
 from rekindle.engine.adapters import ResidentAdapter
 from rekindle.engine.kernels.reference import ReferenceKernels
-from rekindle.engine.merging import HEAD, MergedCopies, Place, mergeable_places
+from rekindle.engine.merging import HEAD, MergedCopies, Place, Unmergeable, merge_linear, mergeable_places
 from rekindle.engine.merging_in_place import InPlaceMerge
 from rekindle.engine.models.decoder import LINEARS, Decoder, DecoderWeights
 from rekindle.engine.models.registry import read_architecture, read_config
 from rekindle.engine.scheduler.merging import MergeOutcome, MergeState
 from rekindle.engine.weights import Weights
+from rekindle.protocol.adapters import LoraBinding
 from rekindle.protocol.identity import AdapterDigest
 from rekindle.store.model_layout import tensor_shapes
 from support.merging import ADAPTERS, BUDGET, MergingEngine, Served
@@ -198,3 +199,15 @@ def test_in_place_a_head_that_is_also_the_embedding_is_never_written(bench: Benc
     assert merge.prepare(bench.digest("head")) is None
     assert "no weight of its own" in merge.advance(None, 0.0)[-1].reason
     assert is_same(original, bits(bench.linears()))
+
+
+def test_an_update_that_swells_a_single_output_is_not_merged() -> None:
+    """Its norm is small beside the module's, and yet it is large beside that of the row it changes."""
+    generator = torch.Generator().manual_seed(0)
+    weight, a = torch.randn(64, 32, generator=generator), torch.randn(1, 32, generator=generator)
+    b = torch.zeros(1, 64)
+    b[0, 5] = 3.0
+    binding = LoraBinding("m", "q_proj", 0, 1, 1.0, 32, 64, 0, 32)
+    vector = torch.cat((a.flatten(), b.flatten()))
+    with pytest.raises(Unmergeable, match="an output of m would grow"):
+        list(merge_linear(weight, [(0, binding)], lambda: vector))

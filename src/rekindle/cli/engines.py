@@ -21,6 +21,11 @@ _MIN_POOL_BYTES = 64 * MIB
 
 def engine_settings(options: EngineOptions, records: list[ModelRecord]) -> list[EngineSettings]:
     """Settings of each base's engine; what memory the weights leave is shared equally among their pools."""
+    if options.deterministic and options.merge_bytes:
+        raise ConfigurationError(
+            f"engine.deterministic never merges, and engine.merge_bytes would keep {format_bytes(options.merge_bytes)} "
+            "for it; set one of them to its default"
+        )
     device = _device(options.device)
     dtype = _dtype(options.dtype, device)
     pool_bytes = _pool_bytes(options, device, dtype, records)

@@ -80,13 +80,14 @@ class AdapterMemory:
         self._resident: dict[AdapterDigest, ResidentAdapter] = {}
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[tuple[LoadOutcome, ResidentAdapter | None]] = queue.SimpleQueue()
+        self._is_closing = False
         self._reader = threading.Thread(target=self._read_loop, name="adapter-reader", daemon=True)
         self._reader.start()
 
     def start_load(self, load: AdapterLoad) -> None:
         """Begin filling the pages of one adapter."""
         fence = self._loader.fence()
-        self._work.put(lambda: self._tell(*self._load(load, fence)))
+        self._work.put(lambda: None if self._is_closing else self._tell(*self._load(load, fence)))
 
     @property
     def has_finished(self) -> bool:
@@ -123,9 +124,11 @@ class AdapterMemory:
         return tuple(self._resident)
 
     def close(self) -> None:
-        """Stop the reader and forget everything."""
+        """Stop the reader, after the load it is at, and forget everything."""
+        self._is_closing = True
         self._work.put(None)
         self._reader.join()
+        self.finished()
         for adapter in self._resident.values():
             adapter.vector.close()
         self._resident.clear()

@@ -89,13 +89,14 @@ class CudaDevice:
     """
 
     def __init__(self, name: str) -> None:
-        try:
-            self.torch_device = torch.device(name)
-            torch.cuda.set_device(self.torch_device)
-        except (RuntimeError, AssertionError, ValueError) as error:
+        index, num_devices = torch.device(name).index or 0, torch.cuda.device_count()
+        if index >= num_devices:
             raise ConfigurationError(
-                f"engine.device {name!r} cannot be used: {error}; choose cpu, or install a CUDA build of PyTorch"
-            ) from error
+                f"engine.device {name!r} cannot be used: PyTorch {torch.__version__} finds {num_devices} CUDA GPUs; "
+                "choose cpu, or install a CUDA build of PyTorch"
+            )
+        self.torch_device = torch.device("cuda", index)
+        torch.cuda.set_device(self.torch_device)
 
     def kernels(self, shapes: Collection[AttentionShape], *, deterministic: bool) -> Kernels:
         return select_gpu_kernels(deterministic=deterministic)

@@ -170,6 +170,7 @@ class Engine:
             InternalError: the page accounts do not agree, as is found when the engine becomes idle.
         """
         chunks, self._answers = self._answers, []
+        self._runner.between_steps()  # what the step before gave is on its way by now
         now_s = self._clock.monotonic_s()
         for outcome in self._adapters.finished():
             if outcome.error is None:
@@ -188,7 +189,6 @@ class Engine:
             step_s = self._clock.monotonic_s() - started_s
             self._scheduler.note_duration(plan, step_s)
             chunks += self._scheduler.commit(plan, result)
-            self._runner.between_steps()
             self._advance_merging(plan, step_s)
         self._check_when_idle()
         return chunks

@@ -11,6 +11,7 @@ eagerly.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +22,12 @@ import torch
 from rekindle.engine.kernels.interface import AttentionBatch, LoraBatch
 from rekindle.engine.models.decoder import ForwardBatch
 
+_logger = logging.getLogger(__name__)
+
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _LEAST_PAGES = 16
 _LEAST_RANK = 16
+_MAX_RECORDINGS = 64
 _WANTED_TIMES = 3
 """How often a shape comes up before it is recorded."""
 
@@ -100,6 +104,7 @@ class DecodeGraphs:
         self._rows = (*(rows for rows in _ROWS if rows < sizes.max_rows), sizes.max_rows)
         self._buffers = _Buffers(sizes, dtype, pool_PX.device)
         self._recorded: dict[_Shape, Recording] = {}
+        self._refused: set[_Shape] = set()
         self._wanted: Counter[_Shape] = Counter()
 
     def run(self, embedded_TH: torch.Tensor, batch: ForwardBatch) -> torch.Tensor | None:
@@ -110,21 +115,30 @@ class DecodeGraphs:
             return None
         recording = self._recorded.get(shape)
         if recording is None:
-            self._wanted[shape] += 1
+            if shape not in self._refused and len(self._recorded) < _MAX_RECORDINGS:
+                self._wanted[shape] += 1
             return None
         self._buffers.fill(embedded_TH, batch, shape)
         recording.replay()
         return self._buffers.hidden_TH[: len(embedded_TH)]
 
     def record_next(self) -> bool:
-        """Record the shape that was wanted most, if any was wanted often enough. Called between steps."""
+        """Record the shape that was wanted most, if any was wanted often enough. Called between steps.
+
+        A recording that fails, for lack of memory say, leaves its shape to eager steps, hence the broad handler.
+        """
         wanted = self._wanted.most_common(1)
         if not wanted or wanted[0][1] < _WANTED_TIMES:
             return False
         shape = wanted[0][0]
         del self._wanted[shape]
         self._buffers.clear(shape)
-        self._recorded[shape] = self._recorder.record(lambda: self._compute(shape))
+        try:
+            self._recorded[shape] = self._recorder.record(lambda: self._compute(shape))
+        except Exception:
+            _logger.exception("no graph for up to %d rows: steps of this size run eagerly", shape.rows)
+            self._refused.add(shape)
+            return False
         return True
 
     def _compute(self, shape: _Shape) -> None:

@@ -46,6 +46,9 @@ _logger = logging.getLogger(__name__)
 
 MOST_GROWTH = 1.25
 """Largest ||W + D||_F / ||W||_F of a module that is merged; see the module."""
+MOST_ROW_GROWTH = 2.0
+"""The same of each row, so that no output of others is rounded at the scale of a single large one."""
+_TINY = 1e-30
 _PIECE_ELEMENTS = 1 << 18
 """Weights computed at once: their float32 fits a core's second-level cache."""
 _BUILD_SHARE = 0.25
@@ -125,6 +128,7 @@ def merge_linear(
     for first_row, binding in updates:
         size, rank = binding.in_features, binding.rank
         squares = torch.zeros(2, dtype=torch.float64, device=weight_NK.device)
+        row_growth = torch.zeros((), device=weight_NK.device)
         piece_rows = max(_PIECE_ELEMENTS // size, 1)
         for row in range(0, binding.out_features, piece_rows):
             end = min(row + piece_rows, binding.out_features)
@@ -133,9 +137,11 @@ def merge_linear(
             b_RN = elements[binding.b_offset :][: rank * binding.out_features].view(rank, -1)[:, row:end].float()
             rows = slice(first_row + row, first_row + end)
             merged_NK = weight_NK[rows].to(torch.float32, copy=True)
-            squares[0] += torch.linalg.vector_norm(merged_NK).double().square()
+            before_N = torch.linalg.vector_norm(merged_NK, dim=1)
             merged_NK.addmm_(b_RN.T, a_RK, alpha=binding.scale)
-            squares[1] += torch.linalg.vector_norm(merged_NK).double().square()
+            after_N = torch.linalg.vector_norm(merged_NK, dim=1)
+            squares += torch.stack((before_N, after_N)).double().square().sum(1)
+            row_growth = torch.maximum(row_growth, (after_N / before_N.clamp_min(_TINY)).max())
             weight_NK[rows] = merged_NK
             yield
         before, after = squares.sqrt().tolist()
@@ -143,6 +149,11 @@ def merge_linear(
             raise Unmergeable(
                 f"{binding.module} would grow from norm {before:.3g} to {after:.3g}, more than {MOST_GROWTH:g} times, "
                 "and rounding would show in rows of other adapters"
+            )
+        if not row_growth <= MOST_ROW_GROWTH:
+            raise Unmergeable(
+                f"an output of {binding.module} would grow {float(row_growth):.3g} times, more than "
+                f"{MOST_ROW_GROWTH:g} times, and rounding would show in rows of other adapters"
             )
 
 

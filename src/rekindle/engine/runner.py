@@ -65,7 +65,9 @@ class Runner:
             lora_s = self._model.lora_s - before_s if is_as_planned else None
         except Exception:
             _logger.exception("step %d failed; running its sequences one by one", plan.step)
-            results, lora_s = [self._run_alone(planned, merged) for planned in plan.sequences], None
+            if self._merging is not None:
+                self._merging.prepare(None)
+            results, lora_s = [self._run_alone(planned) for planned in plan.sequences], None
         self._latest_samples = {
             planned.request.request_id: result.token_ids
             for planned, result in zip(plan.sequences, results, strict=True)
@@ -79,9 +81,9 @@ class Runner:
         if self._graphs is not None:
             self._graphs.record_next()
 
-    def _run_alone(self, planned: PlannedSequence, merged: Merged | None) -> SequenceResult:
+    def _run_alone(self, planned: PlannedSequence) -> SequenceResult:
         try:
-            return self._run([planned], merged)[0]
+            return self._run([planned], None)[0]
         except Exception as error:
             _logger.exception("request %s failed alone", planned.request.request_id)
             return SequenceResult(error=f"the engine could not compute this request: {error}")

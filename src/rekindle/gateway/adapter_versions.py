@@ -100,6 +100,8 @@ class AdapterVersions:
     def _used_now(self, base: ServedBase, digest: AdapterDigest) -> _Version:
         version = self._versions.setdefault(digest, _Version(base))
         self._versions.move_to_end(digest)
+        if version.named:
+            version.retired = False
         return version
 
     async def _look_for_name(self, version: _Version, digest: AdapterDigest) -> None:

@@ -91,7 +91,7 @@ class Decoder:
         self._dtype = self._embed_VH.dtype
         self.weights = DecoderWeights(
             layers=tuple(self._load_layer(weights, layer) for layer in range(arch.num_layers)),
-            head=kernels.pack_linear(weights.tensor(head_name(arch)), None),
+            head=kernels.pack_linear(self._embed_VH if arch.tied_embeddings else weights.tensor(head_name(arch)), None),
         )
         self._final_norm_H = self._norm_weight(weights, "model.norm.weight")
         tables = [rope.table(max_context_tokens) for rope in arch.ropes]

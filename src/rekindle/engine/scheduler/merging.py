@@ -242,7 +242,7 @@ class MergePolicy:
         lost_s = max(lost_s * math.exp((then_s - now_s) / _LOSS_MEMORY_S) + loss_s, 0.0)
         self._losses[mode] = (lost_s, now_s)
         if len(self._losses) > _MAX_TRACKED:
-            del self._losses[min(self._losses, key=lambda it: self._losses[it][0])]
+            del self._losses[min(self._losses.keys() - {self._building}, key=lambda it: self._losses[it][0])]
         return lost_s
 
     def _price_s(self, mode: AdapterDigest | None) -> float:
