@@ -69,12 +69,13 @@ def test_the_cost_curve_has_every_batch_in_which_each_adapter_has_a_sequence(rep
     assert sizes[3] == pytest.approx(4 * sizes[1], rel=0.3), "ranks 4, 8 and 4"
 
 
-def test_adapters_that_fit_are_loaded_once_and_those_that_do_not_again_and_again(report: dict[str, Any]) -> None:
+def test_adapters_that_fit_are_seldom_loaded_again_and_those_that_do_not_often(report: dict[str, Any]) -> None:
     found = report["thrash"]
     by_set = {(cell["draw"], cell["working_set"]): cell for cell in found["cells"]}
     assert set(by_set) == {(draw, size) for draw in thrash.DRAWS for size in WORKING_SETS}
     for draw in thrash.DRAWS:
-        assert by_set[draw, 0.5]["num_loads"] == 0
+        # What is evicted goes by value, so that a page of a prefix may now and then cost an adapter its place.
+        assert by_set[draw, 0.5]["num_loads"] < by_set[draw, 8.0]["num_loads"] / 2
         assert by_set[draw, 8.0]["num_loads"] > 0
     assert by_set["uniform", 8.0]["num_loads"] > by_set["zipf", 8.0]["num_loads"]
     for cell in found["cells"]:
