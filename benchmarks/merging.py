@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from engine import GGUF
-from rekindle.bench.random_adapters import write_random_adapter
+from rekindle.bench.random_adapters import ALL_LINEAR, ATTENTION, write_random_adapter
 from rekindle.clock import Clock, SystemClock
 from rekindle.engine import engine as engine_module
 from rekindle.engine.engine import Engine
@@ -41,8 +41,6 @@ from rekindle.units import GIB, MIB
 PROMPT_TOKENS, NEW_TOKENS = 32, 32
 MIN_REQUESTS = 24
 NUM_ADAPTERS = 32
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 MIXES: dict[str, float | None] = {"100%": 1.0, "95%": 0.95, "60%": 0.6, "uniform 32": None}
 MODES = ("base", "never", "always", "auto")
 

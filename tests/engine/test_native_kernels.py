@@ -21,6 +21,7 @@ from rekindle.engine.kernels.interface import (
 from rekindle.engine.kernels.linear import FAST
 from rekindle.engine.kernels.native_kernels import NativeKernels, supported_libraries
 from rekindle.engine.kernels.reference import ReferenceKernels
+from support.paged import attention_batch, kv_pool, qkv_rows, random
 
 LIBRARIES = supported_libraries()
 REFERENCE = ReferenceKernels()
@@ -39,10 +40,6 @@ def kernels(request: pytest.FixtureRequest) -> NativeKernels:
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     relative, absolute = TOLERANCE[found.dtype]
     torch.testing.assert_close(found, expected, rtol=relative, atol=absolute)
-
-
-def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -189,25 +186,9 @@ def attention_case(
     dtype: torch.dtype, shape: AttentionShape, queries: list[int], contexts: list[int], page_tokens: int = 16
 ) -> tuple[torch.Tensor, KVPool, AttentionBatch]:
     """Random queries over a pool of random keys and values, with pages in no order."""
-    needed = [-(-context // page_tokens) for context in contexts]
-    order = torch.randperm(sum(needed) + 3, generator=torch.Generator().manual_seed(3)).tolist()
-    pool = random(len(order), 2, page_tokens, 2 * shape.num_kv_heads, shape.head_dim, dtype=dtype, seed=4)
-    pages, slots, starts = [], [], [0]
-    for count, context, num_pages in zip(queries, contexts, needed, strict=True):
-        mine, order = order[:num_pages], order[num_pages:]
-        pages.append(mine + [0] * (max(needed) - num_pages))
-        slots += [mine[p // page_tokens] * page_tokens + p % page_tokens for p in range(context - count, context)]
-        starts.append(starts[-1] + count)
-    batch = AttentionBatch(
-        starts,
-        contexts,
-        torch.tensor(starts, dtype=torch.int32),
-        torch.tensor(contexts, dtype=torch.int32),
-        torch.tensor(pages, dtype=torch.int32),
-        torch.tensor(slots),
-    )
-    width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    return random(starts[-1], width, dtype=dtype, seed=5), KVPool(pool), batch
+    batch, num_pages = attention_batch(queries, contexts, page_tokens)
+    pool = kv_pool(num_pages, 2, page_tokens, shape, dtype)
+    return qkv_rows(batch.query_start[-1], shape, dtype), pool, batch
 
 
 SHAPES = [

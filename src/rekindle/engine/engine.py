@@ -16,8 +16,9 @@ import torch
 from rekindle.clock import Clock
 from rekindle.engine.adapters import AdapterMemory, ResidentAdapter
 from rekindle.engine.devices import Device, device_of
-from rekindle.engine.graphs import DecodeGraphs, GraphSizes
-from rekindle.engine.memory import page_bytes_for
+from rekindle.engine.graphs import DecodeGraphs, GraphSizes, Recorder
+from rekindle.engine.kernels.interface import KVPool
+from rekindle.engine.memory import page_bytes_for, token_bytes_for
 from rekindle.engine.merging import MergedCopies, Merging, adapter_size
 from rekindle.engine.models.decoder import Decoder
 from rekindle.engine.models.registry import read_architecture, read_config
@@ -80,16 +81,7 @@ class Engine:
         self._memory = device.memory(num_pages, page_bytes, dtype)
         self._adapters = AdapterMemory(self._memory, arch.num_layers, wake)
         kv = self._memory.kv(shape, arch.num_layers, settings.page_tokens)
-        graphs = None
-        if (recorder := device.recorder()) is not None and self._memory.pool_PX is not None:
-            sizes = GraphSizes(
-                hidden=arch.hidden_size,
-                max_rows=settings.max_sequences,
-                max_pages=-(-context_tokens // settings.page_tokens),
-                page_tokens=settings.page_tokens,
-                scratch_page=num_pages,
-            )
-            graphs = DecodeGraphs(partial(model.forward, pool=kv), recorder, sizes, dtype, self._memory.pool_PX)
+        graphs = _graphs(settings, model, kv, self._memory.pool_PX, device.recorder())
         self._merging, self._merge_policy = _merging(
             settings, model, weights, self._adapters.find, loaded_s - started_s, clock
         )
@@ -106,7 +98,7 @@ class Engine:
                 num_pages=num_pages,
                 page_tokens=settings.page_tokens,
                 page_bytes=page_bytes,
-                token_bytes=arch.num_layers * 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize,
+                token_bytes=token_bytes_for(shape, arch.num_layers, dtype),
                 element_bytes=dtype.itemsize,
                 max_step_tokens=settings.max_step_tokens,
                 max_sequences=settings.max_sequences,
@@ -221,6 +213,22 @@ class Engine:
         """Release threads and memory."""
         self._adapters.close()
         self._memory.close()
+
+
+def _graphs(
+    settings: EngineSettings, model: Decoder, kv: KVPool, pool_PX: torch.Tensor | None, recorder: Recorder | None
+) -> DecodeGraphs | None:
+    """Recorded decode steps, where the device gains by them; the pool's last page belongs to nobody there."""
+    if recorder is None or pool_PX is None:
+        return None
+    sizes = GraphSizes(
+        hidden=model.arch.hidden_size,
+        max_rows=settings.max_sequences,
+        max_pages=-(-settings.model.context_length // settings.page_tokens),
+        page_tokens=settings.page_tokens,
+        scratch_page=len(pool_PX) - 1,
+    )
+    return DecodeGraphs(partial(model.forward, pool=kv), recorder, sizes, pool_PX)
 
 
 def _merging(

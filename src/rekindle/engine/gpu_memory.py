@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from rekindle.engine.kernels.interface import AttentionShape, KVPool
+from rekindle.engine.memory import kv_of_pages
 from rekindle.engine.vectors import PagedVector, VectorFile
 from rekindle.errors import ConfigurationError
 from rekindle.protocol.adapters import AdapterManifest
@@ -40,11 +41,7 @@ class GpuMemory:
         self._copies = _Copies(device)
 
     def kv(self, shape: AttentionShape, num_layers: int, page_tokens: int) -> KVPool:
-        width = 2 * shape.num_kv_heads
-        sizes = (len(self.pool_PX), num_layers, page_tokens, width, shape.head_dim)
-        token = width * shape.head_dim
-        strides = (self.pool_PX.stride(0), page_tokens * token, token, shape.head_dim, 1)
-        return KVPool(self.pool_PX.as_strided(sizes, strides))
+        return kv_of_pages(self.pool_PX, shape, num_layers, page_tokens)
 
     def fence(self) -> torch.cuda.Event | None:
         return self._copies.fence()

@@ -91,18 +91,11 @@ class GraphSizes:
 class DecodeGraphs:
     """See the module."""
 
-    def __init__(
-        self,
-        forward: Forward,
-        recorder: Recorder,
-        sizes: GraphSizes,
-        dtype: torch.dtype,
-        pool_PX: torch.Tensor,
-    ) -> None:
+    def __init__(self, forward: Forward, recorder: Recorder, sizes: GraphSizes, pool_PX: torch.Tensor) -> None:
         self._forward, self._recorder, self._pool_PX = forward, recorder, pool_PX
         self._max_pages = sizes.max_pages
         self._rows = (*(rows for rows in _ROWS if rows < sizes.max_rows), sizes.max_rows)
-        self._buffers = _Buffers(sizes, dtype, pool_PX.device)
+        self._buffers = _Buffers(sizes, pool_PX.dtype, pool_PX.device)
         self._recorded: dict[_Shape, Recording] = {}
         self._refused: set[_Shape] = set()
         self._wanted: Counter[_Shape] = Counter()

@@ -54,12 +54,8 @@ class PagePool:
 
     def kv(self, shape: AttentionShape, num_layers: int, page_tokens: int, dtype: torch.dtype) -> KVPool:
         """The pool as keys and values; a page may be a little longer than its tokens need."""
-        width = 2 * shape.num_kv_heads
-        sizes = (self.num_pages, num_layers, page_tokens, width, shape.head_dim)
-        token = width * shape.head_dim
-        strides = (self.page_bytes // dtype.itemsize, page_tokens * token, token, shape.head_dim, 1)
-        flat = torch.frombuffer(self._map, dtype=dtype)
-        return KVPool(flat.as_strided(sizes, strides))
+        elements = torch.frombuffer(self._map, dtype=dtype)
+        return kv_of_pages(elements.view(self.num_pages, -1), shape, num_layers, page_tokens)
 
     def map_pages(self, pages: Sequence[int]) -> MappedPages:
         """The given pages side by side, in order, as one writable vector."""
@@ -123,9 +119,22 @@ class MappedPages:
         self.close()
 
 
+def kv_of_pages(pool_PX: torch.Tensor, shape: AttentionShape, num_layers: int, page_tokens: int) -> KVPool:
+    """Pages of elements as keys and values; a page may be a little longer than its tokens need."""
+    width = 2 * shape.num_kv_heads
+    token = width * shape.head_dim
+    sizes = (len(pool_PX), num_layers, page_tokens, width, shape.head_dim)
+    return KVPool(pool_PX.as_strided(sizes, (pool_PX.stride(0), page_tokens * token, token, shape.head_dim, 1)))
+
+
+def token_bytes_for(shape: AttentionShape, num_layers: int, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of all layers for one token."""
+    return num_layers * 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+
+
 def page_bytes_for(shape: AttentionShape, num_layers: int, page_tokens: int, dtype: torch.dtype) -> int:
     """Bytes of a page that holds the keys and values of all layers for `page_tokens` tokens, rounded up to 4 KiB."""
-    payload = num_layers * page_tokens * 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+    payload = page_tokens * token_bytes_for(shape, num_layers, dtype)
     return -(-payload // mmap.PAGESIZE) * mmap.PAGESIZE
 
 

@@ -26,7 +26,7 @@ import torch
 from rekindle.clock import Clock
 from rekindle.engine.adapters import ResidentAdapter
 from rekindle.engine.batch import Merged
-from rekindle.engine.kernels.interface import AdapterMatrices
+from rekindle.engine.kernels.interface import SCALE_FIELD, AdapterMatrices
 from rekindle.engine.models.architecture import Architecture
 from rekindle.engine.models.decoder import (
     LINEARS,
@@ -95,8 +95,7 @@ def mergeable_places(manifest: AdapterManifest, num_layers: int) -> dict[Place, 
 
 def adapter_size(manifest: AdapterManifest, arch: Architecture, element_bytes: int) -> AdapterSize:
     """What an adapter's updates read and what merging it writes."""
-    attention, hidden, inner = arch.attention[0], arch.hidden_size, arch.intermediate_size
-    query, key_value = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+    hidden, inner, query, key_value = arch.hidden_size, arch.intermediate_size, arch.query_size, arch.key_value_size
     elements = {
         "qkv": (query + 2 * key_value) * hidden,
         "output": hidden * query,
@@ -112,7 +111,7 @@ def adapter_size(manifest: AdapterManifest, arch: Architecture, element_bytes: i
 def negated(matrices: AdapterMatrices) -> AdapterMatrices:
     """The same matrices with scales of opposite sign."""
     table_LPF = matrices.table_LPF.clone()
-    table_LPF[..., 3] ^= _SIGN
+    table_LPF[..., SCALE_FIELD] ^= _SIGN
     return dataclasses.replace(matrices, table_LPF=table_LPF)
 
 
@@ -165,9 +164,8 @@ def place_tensors(weights: WeightSource, arch: Architecture, place: Place) -> tu
 
 def first_rows(place: Place, bindings: Sequence[LoraBinding], arch: Architecture) -> list[tuple[int, LoraBinding]]:
     """Each update with the row of the fused linear at which its module begins."""
-    attention = arch.attention[0]
-    query, key_value = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
-    offsets = {"k_proj": query, "v_proj": query + key_value, "up_proj": arch.intermediate_size}
+    value_row = arch.query_size + arch.key_value_size
+    offsets = {"k_proj": arch.query_size, "v_proj": value_row, "up_proj": arch.intermediate_size}
     return [(offsets.get(binding.projection, 0), binding) for binding in bindings]
 
 

@@ -26,7 +26,7 @@ LORA_FIELDS = 4
 """Fields of one table entry: where A and where the transpose of B begin in the adapter's vector, in elements; the rank;
 the bits of the float64 scale. Rank 0: no update."""
 
-RANK_FIELD = 2
+RANK_FIELD, SCALE_FIELD = 2, 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,16 @@ class Architecture:
         return len(self.attention)
 
     @property
+    def query_size(self) -> int:
+        """Outputs of the query projection."""
+        return self.attention[0].num_heads * self.attention[0].head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Outputs of the key projection, and of the value projection."""
+        return self.attention[0].num_kv_heads * self.attention[0].head_dim
+
+    @property
     def norm_names(self) -> tuple[str, ...]:
         """A layer's norms: before attention, after attention's output or before the MLP, and so on in order of use."""
         if self.sandwich_norms:

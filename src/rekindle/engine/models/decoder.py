@@ -97,8 +97,8 @@ class Decoder:
         tables = [rope.table(max_context_tokens) for rope in arch.ropes]
         self._rope_tables = [(cos.to(weights.device), sin.to(weights.device)) for cos, sin in tables]
         self._embed_scale = torch.tensor(arch.embed_scale, dtype=self._embed_VH.dtype, device=weights.device)
-        attention, inner, hidden = arch.attention[0], arch.intermediate_size, arch.hidden_size
-        query, key_value = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+        query, key_value = arch.query_size, arch.key_value_size
+        inner, hidden = arch.intermediate_size, arch.hidden_size
         self._qkv_group = LoraGroup(0, (0, query, query + key_value), (query, key_value, key_value))
         self._output_group = LoraGroup(3, (0,), (hidden,))
         self._gate_up_group = LoraGroup(4, (0, inner), (inner, inner))

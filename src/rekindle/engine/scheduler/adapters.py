@@ -94,7 +94,7 @@ class AdapterCache:
         whoever carries out its loads.
 
         Raises:
-            AdapterRejected: it belongs to another base model.
+            AdapterRejected: it belongs to another base model, or is stored in a layout of an earlier version.
         """
         if manifest.base != self._config.base:
             raise AdapterRejected(

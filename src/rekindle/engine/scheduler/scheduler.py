@@ -134,7 +134,7 @@ class Scheduler:
         """Make a version known, whose file is at `path`.
 
         Raises:
-            AdapterRejected: it belongs to another base model.
+            AdapterRejected: it belongs to another base model, or is stored in a layout of an earlier version.
         """
         self._adapters.add(manifest, path)
 
