@@ -101,7 +101,9 @@ def test_text_under_mixed_adapters_is_that_of_the_cpu(
 ) -> None:
     ours, theirs, num_replays = pair
     prompts = prompts_of([5, 20, 1, 70])
-    assert ours.texts(prompts, 7) == theirs.texts(prompts, 7)
+    # The first time each sequence waits for its adapter; the second time all decode together, long enough to record.
+    for _ in range(2):
+        assert ours.texts(prompts, 12) == theirs.texts(prompts, 12)
     assert device.type == "cuda" or num_replays() > 1
 
 
