@@ -71,6 +71,18 @@ def test_untouched_pages_take_no_memory() -> None:
     pool.close()
 
 
+def test_adjacent_pages_are_seen_where_they_lie() -> None:
+    pool = PagePool(8, 4096)
+    whole = pool.kv(AttentionShape(1, 1, 512, 1.0), 1, 2, torch.float16).kv_PLBCD.view(8, 2048)
+    whole[:] = torch.arange(8, dtype=torch.float16).unsqueeze(1)
+    with pool.map_pages([3, 4, 5]) as pages:
+        vector = pages.tensor(torch.float16, 3 * 2048, 0)
+        assert vector.data_ptr() == whole[3].data_ptr()
+        assert vector.view(3, 2048)[:, 5].tolist() == [3, 4, 5]
+    assert whole[4, 0] == 4
+    pool.close()
+
+
 def test_a_mapping_that_fails_half_way_leaves_nothing_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
     def num_mappings() -> int:
         return Path("/proc/self/maps").read_text().count("rekindle-pages")

@@ -48,13 +48,34 @@ def test_sharing_a_free_page_is_a_reported_bug():
         PagePool(2).retain(0)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["allocate", "retain", "release"]), st.integers(0, 6)), max_size=60))
+def test_a_row_is_the_first_that_is_long_enough():
+    pool = PagePool(8)
+    assert pool.allocate_row(3) == (0, 1, 2)
+    assert pool.allocate(1) == (7,)
+    pool.release(1)
+    assert pool.allocate_row(1) == (1,)
+    pool.release_all([0, 1])
+    assert pool.allocate_row(4) == (3, 4, 5, 6)
+
+
+def test_a_row_that_is_nowhere_is_pieced_together_in_rising_order():
+    pool = PagePool(5)
+    pool.allocate_row(5)
+    pool.release_all([4, 0, 2])
+    assert pool.allocate_row(3) == (0, 2, 4)
+    assert pool.allocate_row(1) is None
+
+
+_OPERATIONS = ["allocate", "allocate_row", "retain", "release"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(_OPERATIONS), st.integers(0, 6)), max_size=60))
 def test_pages_are_conserved_whatever_is_done_with_them(operations):
     pool = PagePool(12)
     held: list[int] = []
     for operation, number in operations:
-        if operation == "allocate":
-            pages = pool.allocate(number)
+        if operation.startswith("allocate"):
+            pages = getattr(pool, operation)(number)
             assert (pages is None) == (number > 12 - len(set(held)))
             assert not set(pages or ()) & set(held)
             held += pages or ()

@@ -101,15 +101,16 @@ def _thrash_table(thrash: Thrash) -> Table:
 
 def _loads_table(loads: Loads) -> Table:
     rows = [
-        (name, str(len(gaps)), _ms(quantile(gaps, 0.5)), _ms(quantile(gaps, 0.99)), _ms(max(gaps)), of_quiet)
-        for name, gaps, of_quiet in (
-            ("none", loads.quiet_itl_s, ""),
-            (f"one in {EVERY_S:g} s", loads.loading_itl_s, _ratio(loads.ratio)),
+        (num_loads, str(len(gaps)), _ms(quantile(gaps, 0.5)), _ms(quantile(gaps, 0.99)), _ms(max(gaps)), of_quiet)
+        for num_loads, gaps, of_quiet in (
+            ("0", loads.quiet_itl_s, ""),
+            (str(loads.num_loads), loads.loading_itl_s, _ratio(loads.ratio)),
         )
     ]
     title = (
-        f"Loads beside {NUM_STREAMS} streams: rank {loads.rank}, {format_bytes(loads.adapter_bytes)}, "
-        f"{_ms(loads.load_s)} ms alone; gaps between tokens in ms; goal {LOADS_GOAL:g} of the p99 without"
+        f"A load every {EVERY_S:g} s beside {NUM_STREAMS} streams: rank {loads.rank}, "
+        f"{format_bytes(loads.adapter_bytes)}, {_ms(loads.load_s)} ms alone; gaps between tokens in ms; "
+        f"goal {LOADS_GOAL:g} of the p99 without"
     )
     return Table(title, ("LOADS", "GAPS", "p50", "p99", "MOST", "p99 OF QUIET"), tuple(rows))
 

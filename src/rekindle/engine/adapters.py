@@ -8,7 +8,6 @@ adapter is evicted, and never while a step uses it.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import struct
 import threading
@@ -27,14 +26,16 @@ from rekindle.protocol.identity import AdapterDigest
 
 _logger = logging.getLogger(__name__)
 
-_LOWEST_PRIORITY = 19
-
 
 class VectorLoader(Protocol):
     """The part of a device's memory that adapters come through."""
 
     def fence(self) -> object:
         """A mark after all work that has been given to the device; called by the step loop."""
+        ...
+
+    def give_way(self, is_busy: bool) -> None:
+        """Whether steps run from now on, which loads are not to delay; called by the step loop."""
         ...
 
     def load(self, manifest: AdapterManifest, pages: Sequence[int], path: Path, fence: object) -> AdapterVector:
@@ -134,7 +135,6 @@ class AdapterMemory:
         self._resident.clear()
 
     def _read_loop(self) -> None:
-        _give_way()
         while (work := self._work.get()) is not None:
             work()
 
@@ -176,11 +176,6 @@ class AdapterMemory:
             replaced.get("embed_tokens"),
             replaced.get("lm_head"),
         )
-
-
-def _give_way() -> None:
-    """Let the calling thread run in what steps leave of the cores: a step waits for the slowest of its threads."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
 
 
 def _entry(binding: LoraBinding) -> list[int]:

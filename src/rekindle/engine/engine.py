@@ -176,12 +176,15 @@ class Engine:
         for load in plan.loads:
             self._adapters.start_load(load)
         if plan.sequences:
+            self._memory.give_way(is_busy=True)
             started_s = self._clock.monotonic_s()
             result = self._runner.execute(plan)
             step_s = self._clock.monotonic_s() - started_s
             self._scheduler.note_duration(plan, step_s)
             chunks += self._scheduler.commit(plan, result)
             self._advance_merging(plan, step_s)
+        if not self._scheduler.has_runnable:
+            self._memory.give_way(is_busy=False)
         self._check_when_idle()
         return chunks
 
@@ -211,6 +214,7 @@ class Engine:
 
     def close(self) -> None:
         """Release threads and memory."""
+        self._memory.give_way(is_busy=False)
         self._adapters.close()
         self._memory.close()
 

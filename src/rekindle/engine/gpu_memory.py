@@ -46,6 +46,9 @@ class GpuMemory:
     def fence(self) -> torch.cuda.Event | None:
         return self._copies.fence()
 
+    def give_way(self, is_busy: bool) -> None:
+        """Copies do not keep kernels from running."""
+
     def load(self, manifest: AdapterManifest, pages: Sequence[int], path: Path, fence: object) -> PagedVector:
         assert fence is None or isinstance(fence, torch.cuda.Event)
         self._copies.wait_for(fence)

@@ -9,11 +9,12 @@ import torch
 
 from rekindle.engine.kernels.interface import AttentionShape, KVPool
 from rekindle.engine.memory import PagePool
+from rekindle.engine.pace import Pace
 from rekindle.engine.vectors import MappedVector, VectorFile
 from rekindle.protocol.adapters import AdapterManifest
 
-_STAGED_ELEMENTS = 1 << 20
-"""How much of a file in another dtype is held beside the pool while it is converted."""
+_STAGED_ELEMENTS = 1 << 15
+"""How much of a file in another dtype is converted at once: no more than torch does in the calling thread alone."""
 
 
 class HostMemory:
@@ -22,7 +23,8 @@ class HostMemory:
     pool_PX: torch.Tensor | None = None
 
     def __init__(self, num_pages: int, page_bytes: int, dtype: torch.dtype) -> None:
-        self._pool, self._dtype = PagePool(num_pages, page_bytes), dtype
+        self._pace = Pace()
+        self._pool, self._dtype = PagePool(num_pages, page_bytes, self._pace.rest), dtype
 
     def kv(self, shape: AttentionShape, num_layers: int, page_tokens: int) -> KVPool:
         return self._pool.kv(shape, num_layers, page_tokens, self._dtype)
@@ -30,8 +32,11 @@ class HostMemory:
     def fence(self) -> None:
         """Nothing runs after a step has returned."""
 
+    def give_way(self, is_busy: bool) -> None:
+        self._pace.give_way(is_busy)
+
     def load(self, manifest: AdapterManifest, pages: Sequence[int], path: Path, fence: object) -> MappedVector:
-        with VectorFile(path, manifest) as file:
+        with VectorFile(path, manifest, self._pace.rest) as file:
             is_stored_as_used = file.dtype == self._dtype
             if is_stored_as_used:
                 # Pages used before are mapped in the pool already; through a new mapping each would fault on the way.

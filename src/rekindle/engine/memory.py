@@ -1,7 +1,7 @@
 """The page pool's memory on a CPU: an anonymous file of equal pages, and mappings that lay scattered pages in a row.
 
-The file is mapped once as a whole, which is how keys and values are addressed, and piecewise for each adapter, whose
-pages then appear as one contiguous vector. Which page belongs to whom is the scheduler's business.
+The file is mapped once as a whole, which is how keys and values are addressed, and adapters in adjacent pages.
+Scattered pages of others are mapped once more, side by side. Which page belongs to whom is the scheduler's business.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import ctypes
 import ctypes.util
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
+from typing import Self
 
 import torch
 
@@ -31,18 +32,22 @@ _MAP_FIXED = 0x10
 _MADV_POPULATE_READ = 22  # Linux 5.14
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
+_PIECE_BYTES = 1 << 20
+"""How much is entered into a page table, or removed, by one call of the kernel."""
+
 
 class PagePool:
     """`num_pages` pages of `page_bytes` bytes, a multiple of the machine's page size. Untouched pages cost nothing.
+    `rest` is called between the pieces of long work.
 
     Raises:
         ConfigurationError: the pool cannot be reserved, or its page size is not a multiple of the machine's.
     """
 
-    def __init__(self, num_pages: int, page_bytes: int) -> None:
+    def __init__(self, num_pages: int, page_bytes: int, rest: Callable[[], None] = lambda: None) -> None:
         if page_bytes % mmap.PAGESIZE:
             raise ConfigurationError(f"pages of {page_bytes} bytes are not a multiple of {mmap.PAGESIZE}")
-        self.num_pages, self.page_bytes = num_pages, page_bytes
+        self.num_pages, self.page_bytes, self._rest = num_pages, page_bytes, rest
         self._fd = os.memfd_create("rekindle-pages", os.MFD_CLOEXEC)
         try:
             os.ftruncate(self._fd, num_pages * page_bytes)
@@ -57,9 +62,13 @@ class PagePool:
         elements = torch.frombuffer(self._map, dtype=dtype)
         return kv_of_pages(elements.view(self.num_pages, -1), shape, num_layers, page_tokens)
 
-    def map_pages(self, pages: Sequence[int]) -> MappedPages:
+    def map_pages(self, pages: Sequence[int]) -> Pages:
         """The given pages side by side, in order, as one writable vector."""
-        return MappedPages(self._fd, pages, self.page_bytes)
+        runs = _runs(pages)
+        if len(runs) == 1:
+            first, count = runs[0][1]
+            return Pages(memoryview(self._map)[first * self.page_bytes : (first + count) * self.page_bytes])
+        return MappedPages(self._fd, pages, self.page_bytes, self._rest)
 
     def views(self, pages: Sequence[int], num_bytes: int) -> list[memoryview]:
         """The first `num_bytes` bytes of the given pages, in order, in runs of adjacent pages."""
@@ -75,48 +84,68 @@ class PagePool:
         os.close(self._fd)
 
 
-class MappedPages:
-    """Scattered pages mapped side by side. `address` and `buffer` are valid until `close`.
+class Pages:
+    """Pages side by side as one vector, which may be used until `close`."""
 
-    Raises:
-        OSError: the kernel allows no more mappings (`vm.max_map_count`); each run of adjacent pages is one.
-    """
-
-    def __init__(self, fd: int, pages: Sequence[int], page_bytes: int) -> None:
-        self.num_bytes = len(pages) * page_bytes
-        anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self.address = _mmap(None, self.num_bytes, 0, anonymous, -1, 0)
-        protection = mmap.PROT_READ | mmap.PROT_WRITE
-        try:
-            for index, (first, count) in _runs(pages):
-                place = self.address + index * page_bytes
-                _mmap(place, count * page_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, first * page_bytes)
-        except OSError:
-            self.close()
-            raise
-        self.buffer = (ctypes.c_char * self.num_bytes).from_address(self.address)
+    def __init__(self, buffer: memoryview | ctypes.Array[ctypes.c_char]) -> None:
+        self._buffer = buffer
 
     def tensor(self, dtype: torch.dtype, count: int, offset: int) -> torch.Tensor:
         """`count` elements from element `offset` on."""
-        return torch.frombuffer(self.buffer, dtype=dtype, count=count, offset=offset * dtype.itemsize)
+        return torch.frombuffer(self._buffer, dtype=dtype, count=count, offset=offset * dtype.itemsize)
 
     def populate(self) -> None:
         """Enter all pages into the process's page table, which saves their readers a fault each. Advice only."""
-        _libc.madvise(self.address, self.num_bytes, _MADV_POPULATE_READ)
 
     def close(self) -> None:
-        """Unmap; no view may be used afterwards."""
-        if self.address:
-            _libc.munmap(self.address, self.num_bytes)
-            self.address = 0
+        """Undo what was done to lay the pages side by side."""
 
-    def __enter__(self) -> MappedPages:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class MappedPages(Pages):
+    """Scattered pages mapped side by side.
+
+    Raises:
+        OSError: the kernel allows no more mappings (`vm.max_map_count`); each run of adjacent pages is one.
+    """
+
+    def __init__(self, fd: int, pages: Sequence[int], page_bytes: int, rest: Callable[[], None]) -> None:
+        self._num_bytes, self._rest = len(pages) * page_bytes, rest
+        anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._address = _mmap(None, self._num_bytes, 0, anonymous, -1, 0)
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        try:
+            for index, (first, count) in _runs(pages):
+                place = self._address + index * page_bytes
+                _mmap(place, count * page_bytes, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, first * page_bytes)
+        except OSError:
+            self.close()
+            raise
+        super().__init__((ctypes.c_char * self._num_bytes).from_address(self._address))
+
+    def populate(self) -> None:
+        for address, length in self._pieces():
+            _libc.madvise(address, length, _MADV_POPULATE_READ)
+            self._rest()
+
+    def close(self) -> None:
+        if self._address:
+            for address, length in self._pieces():
+                _libc.munmap(address, length)
+                self._rest()
+            self._address = 0
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """(address, length) of parts of the mapping."""
+        for first in range(0, self._num_bytes, _PIECE_BYTES):
+            yield self._address + first, min(_PIECE_BYTES, self._num_bytes - first)
 
 
 def kv_of_pages(pool_PX: torch.Tensor, shape: AttentionShape, num_layers: int, page_tokens: int) -> KVPool:

@@ -7,7 +7,7 @@ what no kernel reads straight from the pages is gathered when it is needed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from rekindle.engine.kernels.interface import RANK_FIELD, AdapterMatrices
-from rekindle.engine.memory import MappedPages
+from rekindle.engine.memory import Pages
 from rekindle.errors import AdapterRejected
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.store.safetensors_file import data_section
@@ -23,7 +23,7 @@ from rekindle.units import MIB
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE_BYTES = 64 << 10
-"""How much one call reads: between calls the kernel gives the core to whoever has more right to it."""
+"""How much one call reads."""
 
 _GATHERED_BYTES = 64 * MIB
 """How much of a whole matrix is gathered from pages at once."""
@@ -50,9 +50,9 @@ class AdapterVector(Protocol):
 
 
 class MappedVector:
-    """A vector in pages mapped side by side."""
+    """A vector in pages that lie, or are mapped, side by side."""
 
-    def __init__(self, pages: MappedPages, dtype: torch.dtype, num_elements: int) -> None:
+    def __init__(self, pages: Pages, dtype: torch.dtype, num_elements: int) -> None:
         self._pages = pages
         self.elements = pages.tensor(dtype, num_elements, 0)
 
@@ -101,14 +101,15 @@ def _max_rank(table_LPF: torch.Tensor) -> int:
 
 
 class VectorFile:
-    """The vector of a stored adapter, opened for reading.
+    """The vector of a stored adapter, opened for reading; `rest` is called after every piece read.
 
     Raises:
         AdapterRejected: the file holds less than the manifest says.
         OSError: it cannot be read.
     """
 
-    def __init__(self, path: Path, manifest: AdapterManifest) -> None:
+    def __init__(self, path: Path, manifest: AdapterManifest, rest: Callable[[], None] = lambda: None) -> None:
+        self._rest = rest
         self.dtype, self.num_elements = _DTYPES[manifest.dtype], manifest.num_elements
         section = data_section(path)
         expected_bytes = self.num_elements * self.dtype.itemsize
@@ -128,6 +129,7 @@ class VectorFile:
                     raise AdapterRejected(f"the adapter's file ends at byte {offset}, before all its tensors")
                 done += count
                 offset += count
+                self._rest()
 
     def read_pieces(self, num_elements: int) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, elements in the file's own dtype) of pieces of at most `num_elements`. A piece is valid until

@@ -141,7 +141,7 @@ class Admission:
         if not self._can_have(sequence, num_pages + self._config.pages_for_tokens(len(sequence.tokens))):
             self._load_ahead(sequence)
             return _Outcome.LACKS_PAGES
-        pages = self._memory.take(num_pages, self._keep)
+        pages = self._memory.take(num_pages, self._keep, in_a_row=True)
         self._draft.loads.append(self._memory.adapters.begin_load(digest, pages, self._now_s))
         self._num_awaiting += 1
         return _Outcome.AWAITS_ADAPTER

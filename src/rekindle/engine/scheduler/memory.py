@@ -45,10 +45,16 @@ class PageMemory:
         return self.pool.num_free + self.prefix.num_idle + self.adapters.num_pages_idle(keep)
 
     def allocate(
-        self, num_pages: int, keep: Collection[AdapterDigest] = (), most_value: float = math.inf
+        self,
+        num_pages: int,
+        keep: Collection[AdapterDigest] = (),
+        most_value: float = math.inf,
+        *,
+        in_a_row: bool = False,
     ) -> tuple[int, ...] | None:
         """Take pages, evicting what is idle as far as needed; None, and nothing evicted, if that is not enough.
-        `most_value`, the logarithm of a value, spares what is worth more, and any adapter that somebody waits for."""
+        `most_value`, the logarithm of a value, spares what is worth more, and any adapter that somebody waits for.
+        Pages `in_a_row` are adjacent if the free ones allow it."""
         if self.pool.num_free < num_pages:
             if self.num_available(keep) < num_pages:
                 return None
@@ -56,15 +62,15 @@ class PageMemory:
             if victims is None:
                 return None
             self._evict(victims)
-        return self.pool.allocate(num_pages)
+        return self.pool.allocate_row(num_pages) if in_a_row else self.pool.allocate(num_pages)
 
-    def take(self, num_pages: int, keep: Collection[AdapterDigest] = ()) -> tuple[int, ...]:
+    def take(self, num_pages: int, keep: Collection[AdapterDigest] = (), *, in_a_row: bool = False) -> tuple[int, ...]:
         """Allocate pages that `num_available` has promised.
 
         Raises:
             InternalError: they cannot be had.
         """
-        pages = self.allocate(num_pages, keep)
+        pages = self.allocate(num_pages, keep, in_a_row=in_a_row)
         if pages is None:
             raise InternalError(f"{num_pages} pages were promised, but {self.num_available(keep)} can be had")
         return pages

@@ -1,14 +1,19 @@
 """Accounting of the pages of one device's pool: which are free, and how many holders each other page has.
 
-A page is a number; what lies in it is its holders' affair. Invariant: a page is on the free list exactly if nobody
-holds it.
+A page is a number; what lies in it is its holders' affair. Invariant: a page is marked free exactly if nobody holds
+it.
+
+Single pages are taken from the end of the pool and rows of adjacent pages from its start, so that the one kind seldom
+breaks up the room for the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rekindle.errors import InternalError
+
+_FREE = b"\1"
 
 
 class PagePool:
@@ -16,7 +21,8 @@ class PagePool:
 
     def __init__(self, num_pages: int) -> None:
         self._holders = [0] * num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free = bytearray(_FREE * num_pages)
+        self._num_free = num_pages
 
     @property
     def num_pages(self) -> int:
@@ -24,21 +30,34 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return self._num_free
 
     def num_holders(self, page: int) -> int:
         return self._holders[page]
 
     def allocate(self, num_pages: int) -> tuple[int, ...] | None:
         """Take free pages, each with one holder; None, and nothing taken, if there are too few."""
-        first = len(self._free) - num_pages
-        if first < 0:
+        if self._num_free < num_pages:
             return None
-        pages = tuple(reversed(self._free[first:]))
-        del self._free[first:]
+        end = len(self._free)
+        return self._take([end := self._free.rfind(_FREE, 0, end) for _ in range(num_pages)])
+
+    def allocate_row(self, num_pages: int) -> tuple[int, ...] | None:
+        """`allocate`, but adjacent pages in rising order if there are so many in a row, and rising ones otherwise."""
+        if self._num_free < num_pages:
+            return None
+        first = self._free.find(_FREE * num_pages)
+        if first >= 0:
+            return self._take(range(first, first + num_pages))
+        page = -1
+        return self._take([page := self._free.find(_FREE, page + 1) for _ in range(num_pages)])
+
+    def _take(self, pages: Sequence[int]) -> tuple[int, ...]:
         for page in pages:
             self._holders[page] = 1
-        return pages
+            self._free[page] = 0
+        self._num_free -= len(pages)
+        return tuple(pages)
 
     def retain(self, page: int) -> None:
         """Add a holder to a page that has one.
@@ -61,7 +80,8 @@ class PagePool:
             raise InternalError(f"page {page} was released more often than it was held")
         self._holders[page] = left
         if left == 0:
-            self._free.append(page)
+            self._free[page] = _FREE[0]
+            self._num_free += 1
         return left
 
     def release_all(self, pages: Iterable[int]) -> None:
@@ -70,7 +90,8 @@ class PagePool:
             self.release(page)
 
     def check_integrity(self) -> None:
-        """Raise InternalError unless the free list holds each unheld page exactly once."""
+        """Raise InternalError unless exactly the unheld pages are free, and counted."""
         unheld = [page for page, holders in enumerate(self._holders) if holders == 0]
-        if sorted(self._free) != unheld:
-            raise InternalError(f"the free list holds {sorted(self._free)}, but the unheld pages are {unheld}")
+        free = [page for page, is_free in enumerate(self._free) if is_free]
+        if free != unheld or len(free) != self._num_free:
+            raise InternalError(f"{self._num_free} pages are counted as free, {free} are marked, {unheld} are unheld")

@@ -71,7 +71,7 @@ class LoadsAhead:
         if num_pages + self._num_growing_pages(holders, load_s) > self._memory.num_available():
             return False
         value = adapters.value(digest, warmth_of_rate(_USES_PER_S, self._now_s))
-        pages = self._memory.allocate(num_pages, most_value=value)
+        pages = self._memory.allocate(num_pages, most_value=value, in_a_row=True)
         if pages is None:
             return False
         self._draft.loads.append(adapters.begin_load(digest, pages, self._now_s))
