@@ -22,6 +22,7 @@ from rekindle.errors import (
     Overloaded,
     ReplicaUnavailable,
 )
+from rekindle.fleet.launch import CommandLauncher
 from rekindle.fleet.replica import Replica
 from rekindle.fleet.state import ReplicaState
 from rekindle.protocol.generation import FinishReason
@@ -173,7 +174,9 @@ async def test_a_stopped_replica_leaves_no_process_task_thread_or_descriptor_beh
         pass
     await until(lambda: threads_before.issuperset(threading.enumerate()), "no thread is left of the first")
     num_before = len(descriptors())
-    replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, command=fake_engine_command(SLOW))
+    replica = Replica(
+        engine_settings(), SystemClock(), supervision=QUICK, launcher=CommandLauncher(fake_engine_command(SLOW))
+    )
     starting = asyncio.create_task(replica.start())
     if end == "stop while starting":
         await asyncio.sleep(0.01)
@@ -201,7 +204,7 @@ async def test_a_stopped_replica_leaves_no_process_task_thread_or_descriptor_beh
 
 async def test_settings_that_no_engine_can_start_with_are_a_configuration_error() -> None:
     command = fake_engine_command(Faults(configuration_error="dtype 'int3' is not supported"))
-    replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, command=command)
+    replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, launcher=CommandLauncher(command))
     with pytest.raises(ConfigurationError, match="int3"):
         await replica.start()
     assert replica.state is ReplicaState.STOPPED
@@ -220,14 +223,16 @@ async def test_an_engine_that_does_not_start_is_an_error_that_says_why(
     command: tuple[str, ...], start_s: float, message: str
 ) -> None:
     supervision = replace(QUICK, start_s=start_s)
-    replica = Replica(engine_settings(), SystemClock(), supervision=supervision, command=command)
+    replica = Replica(engine_settings(), SystemClock(), supervision=supervision, launcher=CommandLauncher(command))
     with pytest.raises(EngineFailed, match=message):
         await replica.start()
     assert replica.state is ReplicaState.STOPPED
 
 
 async def test_a_request_that_comes_while_the_first_engine_starts_waits_for_it() -> None:
-    replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, command=fake_engine_command())
+    replica = Replica(
+        engine_settings(), SystemClock(), supervision=QUICK, launcher=CommandLauncher(fake_engine_command())
+    )
     starting = asyncio.create_task(replica.start())
     await asyncio.sleep(0)
     wanted = request("early")
@@ -238,7 +243,9 @@ async def test_a_request_that_comes_while_the_first_engine_starts_waits_for_it()
 
 
 async def test_a_start_that_is_overtaken_by_a_stop_fails() -> None:
-    replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, command=fake_engine_command())
+    replica = Replica(
+        engine_settings(), SystemClock(), supervision=QUICK, launcher=CommandLauncher(fake_engine_command())
+    )
     starting = asyncio.create_task(replica.start())
     await asyncio.sleep(0.01)
     await replica.stop()
@@ -248,7 +255,7 @@ async def test_a_start_that_is_overtaken_by_a_stop_fails() -> None:
 
 async def test_a_request_that_waits_for_an_engine_that_cannot_start_fails() -> None:
     command = fake_engine_command(Faults(crash_at_start=True))
-    replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, command=command)
+    replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, launcher=CommandLauncher(command))
     starting = asyncio.create_task(replica.start())
     await asyncio.sleep(0)
     with pytest.raises(ReplicaUnavailable):
@@ -258,7 +265,7 @@ async def test_a_request_that_waits_for_an_engine_that_cannot_start_fails() -> N
 
 
 async def test_a_replica_that_is_not_started_refuses_requests_and_stops_quietly() -> None:
-    replica = Replica(engine_settings(), SystemClock(), command=fake_engine_command())
+    replica = Replica(engine_settings(), SystemClock(), launcher=CommandLauncher(fake_engine_command()))
     with pytest.raises(ReplicaUnavailable, match="has not been started"):
         await collect(replica, request("early"))
     await replica.stop()
@@ -305,7 +312,7 @@ async def test_the_engine_leaves_interrupts_to_its_parent_and_its_log_is_passed_
 ) -> None:
     script = 'echo "ERROR here: told" >&2; echo untold >&2; exec "$0" -m rekindle.testing.fake_engine "$@"'
     command = ("sh", "-c", script, sys.executable)
-    replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, command=command)
+    replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, launcher=CommandLauncher(command))
     await replica.start()
     pid = replica.engine_pid
     assert pid is not None

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from rekindle.clock import SystemClock
+from rekindle.fleet.launch import CommandLauncher
 from rekindle.fleet.replica import Replica
 from rekindle.fleet.supervision import Supervision
 from rekindle.protocol.adapters import AdapterManifest
@@ -55,7 +56,9 @@ async def running(
 ) -> AsyncIterator[Replica]:
     """A replica over a fake engine, started, and stopped in the end."""
     command = fake_engine_command(faults)
-    replica = Replica(engine_settings(**settings), SystemClock(), supervision=supervision, command=command)
+    replica = Replica(
+        engine_settings(**settings), SystemClock(), supervision=supervision, launcher=CommandLauncher(command)
+    )
     await replica.start()
     try:
         yield replica

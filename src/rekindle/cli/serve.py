@@ -22,6 +22,7 @@ from rekindle.cli.examples import print_examples
 from rekindle.cli.settings import Settings, home_directory
 from rekindle.clock import SystemClock
 from rekindle.errors import ConfigurationError, RekindleError
+from rekindle.fleet.launch import TemplateLauncher
 from rekindle.fleet.replica import Replica
 from rekindle.fleet.supervision import Supervision
 from rekindle.gateway.app import create_app
@@ -72,8 +73,16 @@ class _Server(uvicorn.Server):
 class RekindleServer:
     """The running whole: one gateway and a replica for each base."""
 
-    def __init__(self, settings: Settings, services: Services, replicas: list[Replica], *, show_examples: bool) -> None:
-        self._settings, self._services, self._replicas = settings, services, replicas
+    def __init__(
+        self,
+        settings: Settings,
+        services: Services,
+        replicas: list[Replica],
+        launcher: TemplateLauncher,
+        *,
+        show_examples: bool,
+    ) -> None:
+        self._settings, self._services, self._replicas, self._launcher = settings, services, replicas, launcher
         self._show_examples = show_examples
         self._http = _Server(
             uvicorn.Config(
@@ -108,6 +117,7 @@ class RekindleServer:
                         await task
             for replica in self._replicas:
                 await replica.stop()
+            await self._launcher.close()
         if starting.done() and not starting.cancelled() and (error := starting.exception()) is not None:
             raise error
         return 0 if self._http.started else 1
@@ -171,8 +181,9 @@ def _build(arguments: argparse.Namespace, settings: Settings, home: Home, catalo
     clock = SystemClock()
     engines = engine_settings(settings.engine, [record for record, *_ in models])
     supervision = Supervision(silence_s=settings.engine.step_limit_s)
+    launcher = TemplateLauncher()
     replicas = [
-        Replica(engine, clock, name=record.name, supervision=supervision)
+        Replica(engine, clock, name=record.name, supervision=supervision, launcher=launcher)
         for engine, (record, *_) in zip(engines, models, strict=True)
     ]
     bases = tuple(
@@ -191,7 +202,7 @@ def _build(arguments: argparse.Namespace, settings: Settings, home: Home, catalo
         max_body_bytes=server.max_body_bytes,
     )
     services = Services(bases, catalog, import_from, gateway, clock, Lifecycle())
-    return RekindleServer(settings, services, replicas, show_examples=arguments.example)
+    return RekindleServer(settings, services, replicas, launcher, show_examples=arguments.example)
 
 
 def _records(catalog: Catalog, names: list[str]) -> list[ModelRecord]:

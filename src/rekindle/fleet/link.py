@@ -8,11 +8,11 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from typing import Any
 
-from rekindle.engine.environment import ENVIRONMENT
 from rekindle.errors import InternalError
+from rekindle.fleet.launch import EngineProcess, Launcher, LaunchFailed
 from rekindle.protocol.replica import Shutdown
 from rekindle.protocol.wire import HEADER, Message, WireError, decode, encode, parse_header
 
@@ -36,24 +36,28 @@ class EngineLost(InternalError):
 class EngineLink:
     """A running engine process, spoken to in frames. Made by `spawn`; `close` must be awaited in the end.
 
-    The process is the leader of a session of its own, so that signals meant for this process's group do not reach it.
     What it writes to its standard error goes to the logger `rekindle.engine`, line by line.
     """
 
     def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        process: EngineProcess,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        log: asyncio.StreamReader,
+        log_pipe: asyncio.BaseTransport,
     ) -> None:
-        self._process, self._reader, self._writer = process, reader, writer
-        self._log_relay = asyncio.create_task(_relay_log(process.stderr, process.pid), name="engine-log-relay")
+        self._process, self._reader, self._writer, self._log_pipe = process, reader, writer, log_pipe
+        self._log_relay = asyncio.create_task(_relay_log(log, process.pid), name="engine-log-relay")
 
     @classmethod
-    async def spawn(cls, command: Sequence[str]) -> EngineLink:
-        """Start `command --fd N`, where N is its end of a fresh socket pair; leaves nothing behind if cancelled.
+    async def spawn(cls, launcher: Launcher) -> EngineLink:
+        """Launch an engine with its end of a fresh socket pair; leaves nothing behind if cancelled.
 
         Raises:
-            EngineLost: the command cannot be run.
+            EngineLost: it cannot be launched.
         """
-        spawning = asyncio.ensure_future(cls._spawn(command))
+        spawning = asyncio.ensure_future(cls._spawn(launcher))
         try:
             return await asyncio.shield(spawning)
         except asyncio.CancelledError:
@@ -63,26 +67,19 @@ class EngineLink:
             raise
 
     @classmethod
-    async def _spawn(cls, command: Sequence[str]) -> EngineLink:
+    async def _spawn(cls, launcher: Launcher) -> EngineLink:
         ours, theirs = socket.socketpair()
+        log, log_pipe, log_end = await _log_pipe()
         with theirs:
             reader, writer = await asyncio.open_unix_connection(sock=ours)
             try:
-                process = await asyncio.create_subprocess_exec(
-                    *command,
-                    "--fd",
-                    str(theirs.fileno()),
-                    pass_fds=(theirs.fileno(),),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.DEVNULL,
-                    stderr=asyncio.subprocess.PIPE,
-                    start_new_session=True,
-                    env={**ENVIRONMENT, **os.environ},
-                )
-            except OSError as error:
+                process = await launcher.launch(theirs, log_end)
+            except LaunchFailed as error:
                 writer.transport.abort()
-                raise EngineLost(f"{command[0]} could not be started: {error}") from error
-        return cls(process, reader, writer)
+                raise EngineLost(str(error)) from error
+            finally:
+                os.close(log_end)
+        return cls(process, reader, writer, log, log_pipe)
 
     @property
     def pid(self) -> int:
@@ -133,6 +130,7 @@ class EngineLink:
         _, unread = await asyncio.wait([self._log_relay], timeout=_REAP_S)
         for task in unread:
             task.cancel()
+        self._log_pipe.close()
 
     async def _has_exited_within(self, limit_s: float) -> bool:
         try:
@@ -145,16 +143,26 @@ class EngineLink:
         """The engine's end of the socket is closed; its exit follows, or does not count."""
         if not await self._has_exited_within(1.0):
             return f"engine process {self.pid} closed its connection"
-        status = self._process.returncode or 0
+        status = self._process.returncode
+        if status is None:
+            return f"engine process {self.pid} has ended"
         if status < 0:
             return f"engine process {self.pid} was killed by {signal.Signals(-status).name}"
         return f"engine process {self.pid} exited with status {status}"
 
 
-async def _relay_log(stream: asyncio.StreamReader | None, pid: int) -> None:
+async def _log_pipe() -> tuple[asyncio.StreamReader, asyncio.BaseTransport, int]:
+    """What comes out of a pipe, the transport that brings it, and the descriptor that goes into it."""
+    ours, theirs = os.pipe()
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(ours, "rb", buffering=0)
+    )
+    return reader, transport, theirs
+
+
+async def _relay_log(stream: asyncio.StreamReader, pid: int) -> None:
     """Pass lines on at the level they begin with, else as warnings, until the stream ends."""
-    if stream is None:
-        return
     rest = b""
     while data := await stream.read(LOG_LINE_BYTES):
         *lines, rest = (rest + data).split(b"\n")

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Never
 
@@ -30,6 +29,7 @@ from rekindle.errors import (
 )
 from rekindle.fleet.admission import Admission
 from rekindle.fleet.known_adapters import KnownAdapters
+from rekindle.fleet.launch import CommandLauncher, Launcher
 from rekindle.fleet.link import EngineLink, EngineLost
 from rekindle.fleet.open_requests import OpenRequests
 from rekindle.fleet.state import ReplicaState, check_transition
@@ -41,16 +41,14 @@ from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.replica import EngineFatal, EngineReady, EngineSettings, EngineStats
 from rekindle.protocol.wire import StepChunks, WireError
 
-ENGINE_COMMAND = (sys.executable, "-m", "rekindle.engine")
-
 _logger = logging.getLogger(__name__)
 
 
 class Replica:
     """See the module. All methods belong to one event loop.
 
-    `ready` and `stats` are what the present engine last said, None while there is none. `command` starts an engine when
-    `--fd N` is appended. `name` stands in the log.
+    `ready` and `stats` are what the present engine last said, None while there is none. `launcher` starts engines;
+    `name` stands in the log.
     """
 
     def __init__(
@@ -60,9 +58,10 @@ class Replica:
         *,
         name: str = "replica",
         supervision: Supervision | None = None,
-        command: Sequence[str] = ENGINE_COMMAND,
+        launcher: Launcher | None = None,
     ) -> None:
-        self._settings, self._clock, self._name, self._command = settings, clock, name, tuple(command)
+        self._settings, self._clock, self._name = settings, clock, name
+        self._launcher = launcher or CommandLauncher()
         self._supervision = supervision or Supervision()
         self._restarts = RestartPolicy(self._supervision)
         self._requests = OpenRequests(self._supervision.max_crashes_per_request)
@@ -234,7 +233,7 @@ class Replica:
             EngineLost: it has died, or had to be killed.
         """
         self._is_fruitful = False
-        link = await EngineLink.spawn(self._command)
+        link = await EngineLink.spawn(self._launcher)
         try:
             self._note_ready(await self._start_engine(link))
             self._link = link

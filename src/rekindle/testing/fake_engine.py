@@ -1,6 +1,6 @@
 """An engine without a model: a token is a hash of the prompt, the adapter and the position, and faults come to order.
 
-    replica = Replica(settings, SystemClock(), command=fake_engine_command(Faults(poison=13)))
+    replica = Replica(settings, SystemClock(), launcher=CommandLauncher(fake_engine_command(Faults(poison=13))))
 
 It runs as a real process and speaks the real protocol, so that supervision, gateways and clients can be tested against
 it in milliseconds. `expected_tokens` says what it answers. A request that is taken up again with tokens it would not
@@ -53,7 +53,7 @@ class Faults:
 
 
 def fake_engine_command(faults: Faults | None = None) -> tuple[str, ...]:
-    """The command of a fake engine, for `Replica(command=...)`."""
+    """The command of a fake engine, for a `CommandLauncher`."""
     command = [sys.executable, "-m", "rekindle.testing.fake_engine"]
     for name, value in asdict(faults or Faults()).items():
         if value:
