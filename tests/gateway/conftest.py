@@ -95,7 +95,9 @@ class ScriptedReplica:
         self.adapters: dict[AdapterDigest, Path] = {}
         self.removed: list[AdapterDigest] = []
         self.is_ready = True
-        self.restarts_total = 0
+        self.restarts_total = 2
+        self.wakes_total = 3
+        self.last_start_s = (("process", 0.25), ("weights", 0.5))
         self.ready = EngineReady(100, 4096, 16, CONTEXT_TOKENS, ())
         self.stats: EngineStats | None = EngineStats(
             num_waiting=2, num_running=3, pages_total=100, pages_free=40, pages_kv_in_use=25, pages_adapter=20,

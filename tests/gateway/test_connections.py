@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 
+from rekindle.errors import ReplicaUnavailable
 from rekindle.gateway.app import create_app
 from rekindle.gateway.generation import MAILBOX_DELTAS
 from rekindle.gateway.lifecycle import Lifecycle
@@ -49,6 +50,39 @@ async def test_cancelling_the_asynchronous_client_aborts_the_sequence(server, ev
         with pytest.raises(asyncio.CancelledError):
             await task
     await asyncio.to_thread(eventually, lambda: len(server.replica.aborted) == 1, "the sequence is aborted")
+
+
+def test_a_stream_that_waits_for_its_first_token_sends_comments_which_clients_skip(start_server, eventually):
+    with start_server(comment_every_s=0.02) as server, server.client() as client:
+        server.replica.hold_after = 0
+        body = {"model": MODEL, "messages": HELLO, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+            assert response.status_code == 200
+            lines = response.iter_lines()
+            assert [next(lines) for _ in range(4)] == [": waiting", "", ": waiting", ""]
+            server.replica.release()
+            events = [line for line in lines if line.startswith("data: ")]
+        assert json.loads(events[0].removeprefix("data: "))["choices"][0]["delta"]["role"] == "assistant"
+        assert events[-1] == "data: [DONE]"
+        server.replica.reset()
+        server.replica.hold_after = 0
+        stream = client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+        threading.Timer(0.2, lambda: server.loop.call_soon_threadsafe(server.replica.release)).start()
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "the quick brown fox"
+
+
+def test_a_request_that_fails_after_comments_fails_within_the_stream(start_server):
+    with start_server(comment_every_s=0.02) as server:
+        server.replica.hold_after = 0
+        server.replica.failure_after = (0, ReplicaUnavailable("gone for good", retry_after_s=1.0))
+        body = {"model": MODEL, "messages": HELLO, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+            lines = response.iter_lines()
+            assert next(lines) == ": waiting"
+            server.replica.release()
+            events = [line for line in lines if line.startswith("data: ")]
+        assert "gone for good" in json.loads(events[0].removeprefix("data: "))["error"]["message"]
+        assert events[-1] == "data: [DONE]"
 
 
 class UnreadConnection:

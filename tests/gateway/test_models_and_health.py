@@ -83,6 +83,10 @@ def test_the_engines_figures_are_shown_under_vllms_names(server):
     assert value(samples, "rekindle_merged_adapter", version="merged-version") == 1
     assert value(samples, "rekindle_steps_merged_total") == 4
     assert value(samples, "rekindle_engine_ready") == 1
+    assert value(samples, "rekindle_engine_awake") == 1
+    assert value(samples, "rekindle_engine_restarts_total") == 2
+    assert value(samples, "rekindle_engine_wakes_total") == 3
+    assert value(samples, "rekindle_engine_start_seconds", part="weights") == 0.5
 
 
 def test_the_engines_memory_loads_and_refusals_are_shown(server):

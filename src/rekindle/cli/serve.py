@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import signal
 import socket
 from collections.abc import Iterator
@@ -180,7 +181,8 @@ def _build(arguments: argparse.Namespace, settings: Settings, home: Home, catalo
     server = settings.server
     clock = SystemClock()
     engines = engine_settings(settings.engine, [record for record, *_ in models])
-    supervision = Supervision(silence_s=settings.engine.step_limit_s)
+    keep_alive_s = math.inf if settings.engine.keep_alive_s is None else settings.engine.keep_alive_s
+    supervision = Supervision(silence_s=settings.engine.step_limit_s, keep_alive_s=keep_alive_s)
     launcher = TemplateLauncher()
     replicas = [
         Replica(engine, clock, name=record.name, supervision=supervision, launcher=launcher)

@@ -49,6 +49,9 @@ class EngineOptions:
     merge_bytes: Bytes = setting(
         0, "Bytes of each engine, out of `memory`, for weights with an adapter merged into them; 0 never merges."
     )
+    keep_alive_s: float | None = setting(
+        None, "Seconds without a request after which an engine is stopped until the next one comes; never if not set."
+    )
     step_limit_s: float = setting(
         600.0, "Seconds an engine with work may say nothing before it is taken for hung; longer than any step."
     )
@@ -57,9 +60,9 @@ class EngineOptions:
         for name in ("page_tokens", "max_step_tokens", "max_sequences", "max_queued", "step_limit_s"):
             check_range(name, getattr(self, name), 1)
         check_range("merge_bytes", self.merge_bytes, 0)
-        for name in ("memory", "threads"):
+        for name, least in (("memory", 1), ("threads", 1), ("keep_alive_s", 0)):
             if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), 1)
+                check_range(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,15 @@
 
 import argparse
 import sys
-
-from rekindle.clock import SystemClock
-from rekindle.engine.engine import Engine
-from rekindle.engine.process import serve
+import time
 
 if __name__ == "__main__":
+    started_s = time.monotonic()
+    from rekindle.clock import SystemClock
+    from rekindle.engine.engine import Engine
+    from rekindle.engine.process import serve
+
     parser = argparse.ArgumentParser(prog="rekindle.engine")
     parser.add_argument("--fd", type=int, required=True)
-    sys.exit(serve(parser.parse_args().fd, Engine, SystemClock()))
+    descriptor = parser.parse_args().fd
+    sys.exit(serve(descriptor, Engine, SystemClock(), imports_s=time.monotonic() - started_s))

@@ -68,7 +68,9 @@ class Engine:
         arch = read_architecture(config)
         context_tokens = settings.model.context_length
         weights = weights or Weights(directory / "model.safetensors", dtype, tensor_shapes(config), device.torch_device)
+        opened_s = clock.monotonic_s()
         kernels = device.kernels(set(arch.attention), deterministic=settings.deterministic)
+        kernels_s = clock.monotonic_s() - opened_s
         model = Decoder(arch, weights, kernels, context_tokens, clock)
         weights.release_pages()
         loaded_s = clock.monotonic_s()
@@ -112,7 +114,11 @@ class Engine:
             page_bytes=page_bytes,
             page_tokens=settings.page_tokens,
             max_context_tokens=context_tokens,
-            parts_s=(("weights", loaded_s - started_s), ("pool", clock.monotonic_s() - loaded_s)),
+            parts_s=(
+                ("kernels", kernels_s),
+                ("weights", loaded_s - started_s - kernels_s),
+                ("pool", clock.monotonic_s() - loaded_s),
+            ),
         )
 
     @property

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from rekindle.clock import Clock
@@ -70,7 +71,8 @@ EngineFactory = Callable[[EngineSettings, Clock, Callable[[], None]], EngineLike
 
 
 class EngineProcess:
-    """The loop around one engine, on one connected stream socket. `leave` ends the process at once."""
+    """The loop around one engine, on one connected stream socket. `leave` ends the process at once; `imports_s` is how
+    long this process took to import what the engine needs."""
 
     def __init__(
         self,
@@ -78,8 +80,10 @@ class EngineProcess:
         make_engine: EngineFactory,
         clock: Clock,
         leave: Callable[[int], object] = os._exit,
+        imports_s: float = 0.0,
     ) -> None:
         self._connection, self._make_engine, self._clock, self._leave = connection, make_engine, clock, leave
+        self._imports_s = imports_s
         self._inbox: queue.Queue[Message | WireError | None] = queue.Queue(INBOX_FRAMES)
         self._outbox: queue.Queue[bytes | None] = queue.Queue(OUTBOX_FRAMES)
         self._refused_adapters: dict[AdapterDigest, RequestError] = {}
@@ -116,7 +120,7 @@ class EngineProcess:
             raise WireError(f"the first frame must be EngineSettings, got {type(settings).__name__}")
         engine = self._make_engine(settings, self._clock, self._wake)
         try:
-            self._send(engine.ready)
+            self._send(replace(engine.ready, parts_s=(("imports", self._imports_s), *engine.ready.parts_s)))
             while self._take_messages(engine):
                 chunks = engine.step()
                 if chunks:
@@ -241,12 +245,13 @@ def _refusal(request: GenerateRequest, error: RequestError | RetryLater) -> Toke
     )
 
 
-def serve(descriptor: int, make_engine: EngineFactory, clock: Clock) -> int:
-    """Run an engine on an inherited socket until the peer is gone or says stop; returns the exit code.
+def serve(descriptor: int, make_engine: EngineFactory, clock: Clock, imports_s: float = 0.0) -> int:
+    """Run an engine on an inherited socket until the peer is gone or says stop; returns the exit code. `imports_s` is
+    told with the parts of the engine's start.
 
     The parent decides what an interrupt means, so SIGINT is ignored here; SIGTERM ends the process.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     with socket.socket(fileno=descriptor) as connection:
-        return EngineProcess(connection, make_engine, clock).run()
+        return EngineProcess(connection, make_engine, clock, imports_s=imports_s).run()

@@ -10,7 +10,9 @@ One task, made by `start` and ended by `stop`, owns the engine and everything do
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 from collections import deque
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -47,8 +49,9 @@ _logger = logging.getLogger(__name__)
 class Replica:
     """See the module. All methods belong to one event loop.
 
-    `ready` and `stats` are what the present engine last said, None while there is none. `launcher` starts engines;
-    `name` stands in the log.
+    `ready` and `stats` are what the present engine last said, None while there is none. `last_start_s` are the timed
+    parts of the latest start, in order; "process" is what the engine's own leave of the whole. `launcher` starts
+    engines; `name` stands in the log.
     """
 
     def __init__(
@@ -73,12 +76,16 @@ class Replica:
         self._started: asyncio.Future[EngineReady] | None = None
         self._link: EngineLink | None = None
         self._to_send = asyncio.Event()
+        self._is_wanted, self._is_idle = asyncio.Event(), asyncio.Event()
+        self._idle_since_s = 0.0
         self._has_running = asyncio.Event()
         self._last_sign_s = 0.0
         self._is_fruitful = False
         self.ready: EngineReady | None = None
         self.stats: EngineStats | None = None
+        self.last_start_s: tuple[tuple[str, float], ...] = ()
         self.restarts_total = 0
+        self.wakes_total = 0
 
     @property
     def state(self) -> ReplicaState:
@@ -86,7 +93,8 @@ class Replica:
 
     @property
     def is_ready(self) -> bool:
-        return self._state is ReplicaState.READY
+        """Whether a request is answered without anything having to be mended first."""
+        return self._state in (ReplicaState.READY, ReplicaState.ASLEEP, ReplicaState.WAKING)
 
     @property
     def engine_pid(self) -> int | None:
@@ -170,6 +178,8 @@ class Replica:
         stream = RequestStream(request)
         self._requests.add(stream)
         self._to_send.set()
+        self._is_wanted.set()
+        self._is_idle.clear()
         return stream
 
     def _check_takes_requests(self) -> None:
@@ -191,7 +201,14 @@ class Replica:
         if adapter is not None:
             self._adapters.release(adapter)
         self._admission.note_departure(len(self._requests))
+        if not len(self._requests):
+            self._note_idle()
         self._to_send.set()
+
+    def _note_idle(self) -> None:
+        self._idle_since_s = self._clock.monotonic_s()
+        self._is_wanted.clear()
+        self._is_idle.set()
 
     def _move_to(self, state: ReplicaState) -> None:
         check_transition(self._state, state)
@@ -202,8 +219,13 @@ class Replica:
         """Keep an engine running until cancelled; no request outlives this."""
         try:
             while (lost := await self._engine_loss()) is not None:
-                await asyncio.sleep(self._prepare_restart(lost))
-                self.restarts_total += 1
+                if self._state is ReplicaState.STOPPED:
+                    return  # a task group that ends with errors keeps a cancellation that came meanwhile to itself
+                if isinstance(lost, _Dismissed):
+                    await self._sleep()
+                else:
+                    await asyncio.sleep(self._prepare_restart(lost))
+                    self.restarts_total += 1
         finally:
             self._fail_all("the server is shutting down", retry_after_s=1.0)
             if self._started is not None and not self._started.done():
@@ -233,15 +255,16 @@ class Replica:
             EngineLost: it has died, or had to be killed.
         """
         self._is_fruitful = False
+        started_s = self._clock.monotonic_s()
         link = await EngineLink.spawn(self._launcher)
         try:
-            self._note_ready(await self._start_engine(link))
+            self._note_ready(await self._start_engine(link), started_s)
             self._link = link
             await self._work_with(link)
         finally:
             self._link = self.ready = self.stats = None
-            grace_s = self._supervision.stop_s if self._state is ReplicaState.STOPPED else 0.0
-            await link.close(grace_s)
+            is_dismissed = self._state in (ReplicaState.STOPPED, ReplicaState.ASLEEP)
+            await link.close(self._supervision.stop_s if is_dismissed else 0.0)
 
     async def _start_engine(self, link: EngineLink) -> EngineReady:
         limit_s = self._supervision.start_s
@@ -259,11 +282,13 @@ class Replica:
             case _:
                 raise EngineLost(f"the engine began with {type(message).__name__} instead of EngineReady")
 
-    def _note_ready(self, ready: EngineReady) -> None:
+    def _note_ready(self, ready: EngineReady, started_s: float) -> None:
         self.ready = ready
-        parts = ", ".join(f"{part} {duration_s:.2f} s" for part, duration_s in ready.parts_s)
-        _logger.info("%s: engine ready (%s)", self._name, parts or "no parts timed")
-        if self._state in (ReplicaState.STARTING, ReplicaState.RESTARTING):
+        process_s = self._clock.monotonic_s() - started_s - sum(duration_s for _, duration_s in ready.parts_s)
+        self.last_start_s = (("process", process_s), *ready.parts_s)
+        parts = ", ".join(f"{part} {duration_s:.2f} s" for part, duration_s in self.last_start_s)
+        _logger.info("%s: engine ready (%s)", self._name, parts)
+        if self._state is not ReplicaState.STOPPED:
             self._move_to(ReplicaState.READY)
         if self._started is not None and not self._started.done():
             self._started.set_result(ready)
@@ -277,8 +302,9 @@ class Replica:
                 group.create_task(self._receive_from(link))
                 group.create_task(self._send_to(link))
                 group.create_task(self._watch(link))
+                group.create_task(self._await_idleness())
         except* EngineLost as losses:
-            lost = losses.exceptions[0]
+            lost = min(losses.exceptions, key=lambda loss: not isinstance(loss, _Dismissed))
         raise lost
 
     async def _receive_from(self, link: EngineLink) -> Never:
@@ -349,6 +375,28 @@ class Replica:
             else:
                 self._has_running.clear()
 
+    async def _await_idleness(self) -> Never:
+        """Raise _Dismissed when no request has been open for as long as an idle engine is kept."""
+        limit_s = self._supervision.keep_alive_s
+        if not len(self._requests):
+            self._note_idle()
+        while True:
+            await self._is_idle.wait()
+            left_s = self._idle_since_s + limit_s - self._clock.monotonic_s()
+            if left_s <= 0:
+                self._move_to(ReplicaState.ASLEEP)
+                raise _Dismissed(f"nobody has asked {self._name} anything for {limit_s:g} s")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._is_wanted.wait(), None if left_s == math.inf else left_s)
+
+    async def _sleep(self) -> None:
+        """Return when there is a request. None was open when the engine was dismissed, so none is to blame."""
+        self._aborts.clear()
+        self._adapters.engine_lost()
+        await self._is_wanted.wait()
+        self._move_to(ReplicaState.WAKING)
+        self.wakes_total += 1
+
     def _prepare_restart(self, lost: EngineLost) -> float:
         """Sort out what the lost engine leaves behind; returns the seconds to wait before the next one is started."""
         now_s = self._clock.monotonic_s()
@@ -362,7 +410,7 @@ class Replica:
                     f"again; the last time: {lost}"
                 )
             )
-        if self._state is ReplicaState.READY:
+        if self._state in (ReplicaState.READY, ReplicaState.WAKING):
             self._move_to(ReplicaState.RESTARTING)
         if self._restarts.is_hopeless:
             self._fail_all("the engine died several times in a row", retry_after_s=self._restarts.retry_after_s(now_s))
@@ -375,6 +423,10 @@ class Replica:
     def _fail_all(self, message: str, retry_after_s: float) -> None:
         for stream in self._requests:
             stream.fail(ReplicaUnavailable(message, retry_after_s=retry_after_s))
+
+
+class _Dismissed(EngineLost):
+    """The engine is not needed for now."""
 
 
 def _error_at_start(lost: EngineLost) -> RekindleError:

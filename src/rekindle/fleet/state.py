@@ -8,19 +8,23 @@ from rekindle.errors import InternalError
 
 
 class ReplicaState(Enum):
-    """STARTING until the first engine is ready and RESTARTING while a later one is not: requests are taken and wait.
-    STOPPED is final."""
+    """STARTING until the first engine is ready, RESTARTING after one has died until the next is. ASLEEP there is no
+    engine until a request comes; then it is WAKING. Requests are taken in all of these, and wait. STOPPED is final."""
 
     STARTING = "starting"
     READY = "ready"
     RESTARTING = "restarting"
+    ASLEEP = "asleep"
+    WAKING = "waking"
     STOPPED = "stopped"
 
 
 _NEXT_STATES = {
     ReplicaState.STARTING: {ReplicaState.READY, ReplicaState.STOPPED},
-    ReplicaState.READY: {ReplicaState.RESTARTING, ReplicaState.STOPPED},
+    ReplicaState.READY: {ReplicaState.RESTARTING, ReplicaState.ASLEEP, ReplicaState.STOPPED},
     ReplicaState.RESTARTING: {ReplicaState.READY, ReplicaState.STOPPED},
+    ReplicaState.ASLEEP: {ReplicaState.WAKING, ReplicaState.STOPPED},
+    ReplicaState.WAKING: {ReplicaState.READY, ReplicaState.RESTARTING, ReplicaState.STOPPED},
     ReplicaState.STOPPED: set(),
 }
 

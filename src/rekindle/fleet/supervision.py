@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 _MAX_DOUBLINGS = 20
@@ -18,6 +19,8 @@ class Supervision:
     fruitless one in a row and within `window_s`, the replica waits `backoff_s` doubled n - 1 times, at most
     `max_backoff_s`. From the `max_fruitless_crashes`th on it refuses requests while it waits and starts. A request
     blamed for `max_crashes_per_request` crashes is given up.
+
+    An engine that nobody has asked anything for `keep_alive_s` is stopped; it is started again with the next request.
     """
 
     start_s: float = 300.0
@@ -28,6 +31,7 @@ class Supervision:
     window_s: float = 300.0
     max_fruitless_crashes: int = 4
     max_crashes_per_request: int = 2
+    keep_alive_s: float = math.inf
 
 
 class RestartPolicy:

@@ -166,12 +166,24 @@ class _EngineCollector(Collector):
         yield _pool_bytes(known)
         yield self._adapters_in_use(known)
         yield _merged(known)
-        up = GaugeMetricFamily("rekindle_engine_ready", "1 while the engine takes requests.", labels=(MODEL,))
-        restarts = CounterMetricFamily("rekindle_engine_restarts", "Engines started again.", labels=(MODEL,))
+        yield from self._starts()
+
+    def _starts(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily("rekindle_engine_ready", "1 while requests are taken and answered.", labels=(MODEL,))
+        present = GaugeMetricFamily("rekindle_engine_awake", "1 while there is an engine.", labels=(MODEL,))
+        restarts = CounterMetricFamily("rekindle_engine_restarts", "Engines started after one died.", labels=(MODEL,))
+        wakes = CounterMetricFamily("rekindle_engine_wakes", "Engines started for a sleeping model.", labels=(MODEL,))
+        parts = GaugeMetricFamily(
+            "rekindle_engine_start_seconds", "Parts of the engine's latest start.", labels=(MODEL, "part")
+        )
         for base in self._bases:
             up.add_metric((base.name,), float(base.replica.is_ready))
+            present.add_metric((base.name,), float(base.replica.ready is not None))
             restarts.add_metric((base.name,), base.replica.restarts_total)
-        yield from (up, restarts)
+            wakes.add_metric((base.name,), base.replica.wakes_total)
+            for part, duration_s in base.replica.last_start_s:
+                parts.add_metric((base.name, part), duration_s)
+        yield from (up, present, restarts, wakes, parts)
 
     def _pages(self, known: Sequence[tuple[str, EngineStats]]) -> Metric:
         pages = GaugeMetricFamily("rekindle_pages", "Pages of device memory, by use.", labels=(MODEL, "kind"))

@@ -30,6 +30,7 @@ EVENT_STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+_COMMENT = b": waiting\n\n"
 JSON_HEADERS = [(b"content-type", b"application/json")]
 
 
@@ -87,7 +88,9 @@ class JobRunner:
 
 class GenerationReply(Response):
     """The response to a job. Until the first tokens have arrived nothing is sent, so that a full queue or a dead
-    engine is still answered with its own status; later errors become an event of the stream."""
+    engine is still answered with its own status; later errors become an event of the stream. Where the first tokens
+    are long in coming, as from a model that is being woken, a stream begins with comments, which clients skip: nobody
+    on the way then takes the connection for dead."""
 
     def __init__(self, job: GenerationJob, runner: JobRunner) -> None:
         super().__init__()
@@ -102,18 +105,20 @@ class GenerationReply(Response):
 
     async def _answer(self, send: Send) -> None:
         async with self._runner.start(self._job) as (generation, observer):
-            deltas = await generation.next_deltas()
-            observer.admitted(self._job.prompt_tokens)
             if self._job.stream:
-                await self._stream(deltas, generation, observer, send)
+                await self._stream(generation, observer, send)
             else:
+                deltas = await generation.next_deltas()
+                observer.admitted(self._job.prompt_tokens)
                 await self._whole(deltas, generation, observer, send)
 
-    async def _stream(self, deltas: list[Delta], generation: Generation, observer: RequestObserver, send: Send) -> None:
+    async def _stream(self, generation: Generation, observer: RequestObserver, send: Send) -> None:
         job, encoder = self._job, self._job.encoder
-        await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM_HEADERS})
+        first = await self._first_deltas(generation, send)
         pending = encoder.opening(len(job.sequences))
         try:
+            deltas = first.result()
+            observer.admitted(job.prompt_tokens)
             while deltas:
                 events = [encoder.event(delta, job.sequences[delta.index][1].prompt_logprobs) for delta in deltas]
                 _note_finished(deltas, observer)
@@ -129,6 +134,26 @@ class GenerationReply(Response):
             logger.exception("a stream failed after it had begun")
             tail = _error_event(InternalError("the server met an unexpected error"))
         await self._send(send, tail + DONE, last=True)
+
+    async def _first_deltas(self, generation: Generation, send: Send) -> asyncio.Task[list[Delta]]:
+        """The first deltas, or what went wrong, once the response has begun. Raises what went wrong before that."""
+        first = asyncio.create_task(generation.next_deltas())
+        start = {"type": "http.response.start", "status": 200, "headers": EVENT_STREAM_HEADERS}
+        has_begun = False
+        try:
+            while not (await asyncio.wait((first,), timeout=self._runner.settings.comment_every_s))[0]:
+                if not has_begun:
+                    await send(start)
+                    has_begun = True
+                await self._send(send, _COMMENT)
+        except BaseException:
+            first.cancel()
+            await asyncio.wait((first,))
+            raise
+        if not has_begun:
+            first.result()
+            await send(start)
+        return first
 
     async def _whole(self, deltas: list[Delta], generation: Generation, observer: RequestObserver, send: Send) -> None:
         outcomes = [Outcome(choice.index) for _, choice in self._job.sequences]

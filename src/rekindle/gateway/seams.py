@@ -43,7 +43,13 @@ class Replica(Protocol):
     def stats(self) -> EngineStats | None: ...
 
     @property
+    def last_start_s(self) -> Sequence[tuple[str, float]]: ...
+
+    @property
     def restarts_total(self) -> int: ...
+
+    @property
+    def wakes_total(self) -> int: ...
 
 
 class RegisteredAdapter(Protocol):

@@ -1,0 +1,119 @@
+"""Replicas that stop an engine nobody asks and start one for the next request."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rekindle.clock import SystemClock
+from rekindle.errors import ReplicaUnavailable
+from rekindle.fleet.launch import TemplateLauncher
+from rekindle.fleet.replica import Replica
+from rekindle.fleet.state import ReplicaState
+from rekindle.store.home import Home
+from rekindle.store.model_import import import_model
+from rekindle.testing.fake_engine import Faults, expected_tokens
+from rekindle.units import MIB
+from support.oracle import oracle_greedy
+from support.replicas import ADAPTER, QUICK, begin, collect, engine_settings, request, running, tokens_of, until
+from support.tiny import make_model
+
+SLEEPY = replace(QUICK, keep_alive_s=0.05)
+
+
+async def asleep(replica: Replica) -> None:
+    await until(lambda: replica.state is ReplicaState.ASLEEP and replica.engine_pid is None, "the replica's sleep")
+
+
+async def test_an_idle_engine_is_stopped_and_the_next_request_is_answered_by_another() -> None:
+    async with running(supervision=SLEEPY) as replica:
+        first = replica.engine_pid or 0
+        await asleep(replica)
+        assert replica.is_ready
+        assert replica.ready is None
+        for name in ("a", "b"):
+            wanted = request(name)
+            assert tokens_of(await collect(replica, wanted)) == expected_tokens(wanted)
+            await asleep(replica)
+        assert replica.wakes_total == 2
+        assert replica.restarts_total == 0
+        await until(lambda: not Path(f"/proc/{first}").exists(), "the first engine's end")
+
+
+async def test_adapters_are_there_again_after_sleep() -> None:
+    async with running(supervision=SLEEPY) as replica:
+        await replica.add_adapter(ADAPTER, Path("/nonexistent"))
+        wanted = request("before", adapter=ADAPTER.digest)
+        assert tokens_of(await collect(replica, wanted)) == expected_tokens(wanted)
+        await asleep(replica)
+        wanted = request("after", adapter=ADAPTER.digest)
+        assert tokens_of(await collect(replica, wanted)) == expected_tokens(wanted)
+        assert replica.wakes_total == 1
+
+
+async def test_an_open_request_keeps_the_engine_however_long_it_takes() -> None:
+    async with running(Faults(step_s=0.01), SLEEPY) as replica:
+        pid = replica.engine_pid
+        stream = await begin(replica, request("long", max_tokens=30))
+        chunks = await stream.all()
+        assert replica.wakes_total == 0
+        assert tokens_of(chunks) == expected_tokens(request("long", max_tokens=30))
+        assert replica.engine_pid in (pid, None)
+
+
+async def test_requests_that_come_while_the_engine_is_being_stopped_wait_for_the_next() -> None:
+    async with running(supervision=replace(QUICK, keep_alive_s=0.0)) as replica:
+        for i in range(10):
+            wanted = [request(f"{i}-{j}") for j in range(3)]
+            found = await asyncio.gather(*(collect(replica, each) for each in wanted))
+            assert [tokens_of(chunks) for chunks in found] == [expected_tokens(each) for each in wanted]
+        assert replica.restarts_total == 0
+
+
+async def test_an_engine_that_dies_while_it_wakes_is_started_again(tmp_path: Path) -> None:
+    async with running(supervision=SLEEPY) as replica:
+        await asleep(replica)
+        wanted = request("r")
+        answer = asyncio.create_task(collect(replica, wanted))
+        await until(lambda: replica.state is ReplicaState.WAKING, "waking")
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+        await until(lambda: bool(children.read_text().split()), "a new engine")
+        os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+        assert tokens_of(await answer) == expected_tokens(wanted)
+
+
+async def test_a_sleeping_replica_can_be_stopped() -> None:
+    async with running(supervision=SLEEPY) as replica:
+        await asleep(replica)
+        await replica.stop()
+        assert replica.state is ReplicaState.STOPPED
+        with pytest.raises(ReplicaUnavailable):
+            await collect(replica, request("late"))
+
+
+async def test_a_model_that_slept_says_what_it_would_have_said_awake(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    model = make_model("llama", tmp_path / "source")
+    home = Home(tmp_path / "home")
+    manifest = import_model(tmp_path / "source", home)
+    model_dir = str(home.model_directory(manifest.digest))
+    settings = engine_settings(model=manifest, model_dir=model_dir, memory_bytes=8 * MIB)
+    launcher = TemplateLauncher()
+    replica = Replica(settings, SystemClock(), supervision=SLEEPY, launcher=launcher)
+    try:
+        await replica.start()
+        wanted = request("r", 40, (3, 4, 5), temperature=0.0)
+        expected = await asyncio.to_thread(oracle_greedy, model, [3, 4, 5], 40)
+        for _ in range(3):
+            assert list(tokens_of(await collect(replica, wanted))) == expected
+            await asleep(replica)
+        assert replica.wakes_total >= 2
+        assert [part for part, _ in replica.last_start_s] == ["process", "imports", "kernels", "weights", "pool"]
+    finally:
+        await replica.stop()
+        await launcher.close()
