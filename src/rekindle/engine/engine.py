@@ -7,6 +7,7 @@ go on to compute cannot be trusted.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,13 @@ import torch
 
 from rekindle.clock import Clock
 from rekindle.engine.adapters import AdapterMemory, ResidentAdapter
+from rekindle.engine.arena import ArenaMismatch, SharedArena, Tier
 from rekindle.engine.devices import Device, device_of
 from rekindle.engine.graphs import DecodeGraphs, GraphSizes, Recorder
-from rekindle.engine.kernels.interface import KVPool
+from rekindle.engine.kernels.interface import Kernels, KVPool
 from rekindle.engine.memory import page_bytes_for, token_bytes_for
 from rekindle.engine.merging import MergedCopies, Merging, adapter_size
+from rekindle.engine.models.architecture import Architecture
 from rekindle.engine.models.decoder import Decoder
 from rekindle.engine.models.registry import read_architecture, read_config
 from rekindle.engine.runner import Runner
@@ -33,17 +36,20 @@ from rekindle.protocol.generation import GenerateRequest, TokenChunk
 from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.replica import EngineReady, EngineSettings, EngineStats
 from rekindle.store.model_layout import tensor_shapes
-from rekindle.units import format_bytes
+from rekindle.units import MIB, format_bytes
+
+_logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 CHECK_INTERVAL_S = 10.0
 """How far apart checks of the page accounts are at least: each takes time in proportion to the pool."""
 _MIN_PAGES = 4
+_ARENA_MARGIN_BYTES = 64 * MIB
 
 
 class Engine:
     """See the module. `wake` is called from another thread when there may be something new to run. `device` and
-    `weights` stand in for those that the settings name.
+    `weights` stand in for those that the settings name. With a `tier`, weights that were laid out anew are shared.
 
     Raises:
         ConfigurationError: the memory budget does not hold a usable pool, or a setting is out of range.
@@ -57,6 +63,7 @@ class Engine:
         wake: Callable[[], None],
         device: Device | None = None,
         weights: WeightSource | None = None,
+        tier: Tier | None = None,
     ) -> None:
         started_s = clock.monotonic_s()
         device = device or device_of(settings)
@@ -71,7 +78,7 @@ class Engine:
         opened_s = clock.monotonic_s()
         kernels = device.kernels(set(arch.attention), deterministic=settings.deterministic)
         kernels_s = clock.monotonic_s() - opened_s
-        model = Decoder(arch, weights, kernels, context_tokens, clock)
+        model = _decoder(settings, arch, weights, kernels, clock, tier)
         weights.release_pages()
         loaded_s = clock.monotonic_s()
 
@@ -223,6 +230,31 @@ class Engine:
         self._memory.give_way(is_busy=False)
         self._adapters.close()
         self._memory.close()
+
+
+def _decoder(
+    settings: EngineSettings,
+    arch: Architecture,
+    weights: WeightSource,
+    kernels: Kernels,
+    clock: Clock,
+    tier: Tier | None,
+) -> Decoder:
+    context_tokens = settings.model.context_length
+    if tier is None or kernels.layout is None:
+        return Decoder(arch, weights, kernels, context_tokens, clock)
+    name = f"{settings.model.digest}/{settings.dtype}/{kernels.layout}"
+    # No layout takes twice the room of the weights it is made of, but for the padding of small ones.
+    arena = SharedArena(tier, name, 2 * settings.model.num_parameters * weights.dtype.itemsize + _ARENA_MARGIN_BYTES)
+    try:
+        model = Decoder(arch, weights, kernels, context_tokens, clock, arena)
+        arena.publish()
+    except ArenaMismatch as mismatch:
+        _logger.error("weights are laid out anew: %s", mismatch)
+        return Decoder(arch, weights, kernels, context_tokens, clock)
+    finally:
+        arena.close()
+    return model
 
 
 def _graphs(

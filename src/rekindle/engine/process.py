@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from rekindle.clock import Clock
@@ -33,6 +34,7 @@ from rekindle.protocol.replica import (
     Shutdown,
 )
 from rekindle.protocol.wire import Message, StepChunks, TornFrame, WireError, encode, read_message
+from rekindle.store.tier_client import TierClient
 
 INBOX_FRAMES = 4096
 OUTBOX_FRAMES = 64
@@ -243,6 +245,13 @@ def _refusal(request: GenerateRequest, error: RequestError | RetryLater) -> Toke
         error=str(error),
         refusal=refusal,
     )
+
+
+def with_tier(make_engine: Callable[..., EngineLike], descriptor: int | None) -> EngineFactory:
+    """A factory of engines that share memory through the host-memory tier at this socket, if any."""
+    if descriptor is None:
+        return make_engine
+    return partial(make_engine, tier=TierClient(socket.socket(fileno=descriptor)))
 
 
 def serve(descriptor: int, make_engine: EngineFactory, clock: Clock, imports_s: float = 0.0) -> int:

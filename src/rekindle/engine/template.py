@@ -2,8 +2,9 @@
 engines are forks: starting one takes milliseconds instead of the seconds that imports take.
 
 It answers on the connected socket N, which keeps the boundaries of messages. Each message asks for an engine and brings
-two descriptors, its connection and its log; the answer is a `Forked` with the engine's pidfd, and when that engine ends
-an `Ended` follows. The process ends with its peer; engines go on.
+descriptors: its connection, its log and, if there is one, its connection to the host-memory tier. The answer is a
+`Forked` with the engine's pidfd, and when that engine ends an `Ended` follows. The process ends with its peer; engines
+go on.
 
 A fork takes only the thread that forks with it. So this process never has another one: it runs no parallel operation
 and touches no GPU.
@@ -25,7 +26,7 @@ import msgspec
 
 from rekindle.clock import SystemClock
 from rekindle.engine.engine import Engine
-from rekindle.engine.process import EngineFactory, serve
+from rekindle.engine.process import EngineFactory, serve, with_tier
 from rekindle.protocol.template import MAX_MESSAGE_BYTES, Answer, Ended, Forked, Ready
 
 _logger = logging.getLogger(__name__)
@@ -54,13 +55,12 @@ class Template:
 
     def _answer(self) -> bool:
         """Fork once; False if the peer is gone."""
-        message, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 2)
+        message, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 3)
         if not message:
             return False
-        connection, log = descriptors
         pid = os.fork()
         if pid == 0:
-            self._become_engine(connection, log)
+            self._become_engine(*descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
         pidfd = os.pidfd_open(pid)
@@ -76,7 +76,7 @@ class Template:
         _, status = os.waitpid(pid, 0)
         self._tell(Ended(pid, os.waitstatus_to_exitcode(status)))
 
-    def _become_engine(self, connection: int, log: int) -> NoReturn:
+    def _become_engine(self, connection: int, log: int, tier: int | None = None) -> NoReturn:
         """Nothing may lead back into the template's loop, hence the broad handler."""
         code = 1
         try:
@@ -87,7 +87,7 @@ class Template:
             os.setsid()
             os.dup2(log, sys.stderr.fileno())
             os.close(log)
-            code = serve(connection, self._make_engine, SystemClock())
+            code = serve(connection, with_tier(self._make_engine, tier), SystemClock())
         except Exception:
             _logger.critical("the engine failed", exc_info=True)
         finally:

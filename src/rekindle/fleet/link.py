@@ -12,7 +12,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 from rekindle.errors import InternalError
-from rekindle.fleet.launch import EngineProcess, Launcher, LaunchFailed
+from rekindle.fleet.control import ChildProcess, LaunchFailed
+from rekindle.fleet.launch import Launcher
 from rekindle.protocol.replica import Shutdown
 from rekindle.protocol.wire import HEADER, Message, WireError, decode, encode, parse_header
 
@@ -41,7 +42,7 @@ class EngineLink:
 
     def __init__(
         self,
-        process: EngineProcess,
+        process: ChildProcess,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         log: asyncio.StreamReader,

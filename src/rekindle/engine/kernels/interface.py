@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from rekindle.engine.arena import OWN_ARENA, Arena
 from rekindle.engine.transfer import to_device
 from rekindle.errors import InternalError
 
@@ -151,8 +152,16 @@ class PackedLinear(Protocol):
 class Kernels(Protocol):
     """What a model definition may call. Arithmetic runs in float32 and is rounded once to the compute dtype."""
 
-    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
-        """Prepare a weight for repeated use. The packed form owns its memory or shares the weight's."""
+    @property
+    def layout(self) -> str | None:
+        """Names the form that weights are given in an arena; None if they do not go there."""
+        ...
+
+    def pack_linear(
+        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, arena: Arena = OWN_ARENA
+    ) -> PackedLinear:
+        """Prepare a weight for repeated use. The packed form lies in the arena, or owns its memory, or shares the
+        weight's."""
         ...
 
     def multiply(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from rekindle.engine.arena import OWN_ARENA, Arena
 from rekindle.engine.kernels.interface import (
     LORA_FIELDS,
     PROJECTIONS,
@@ -179,26 +180,25 @@ class NativeLibrary:
 
 
 class NativeLinear:
-    """A bf16 linear layer whose weight was regrouped for reading once per step; owns that copy."""
+    """A bf16 linear layer whose weight was regrouped for reading once per step, in memory of the arena."""
 
-    def __init__(self, library: NativeLibrary, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
+    def __init__(
+        self, library: NativeLibrary, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, arena: Arena
+    ) -> None:
         self.out_features, self.in_features = weight_NK.shape
         self._bias_N = None if bias_N is None else bias_N.clone()
         self._bias_address = None if self._bias_N is None else self._bias_N.data_ptr()
         pack, self._apply = library.linear()
         num_panels = -(-self.out_features // library.lanes)
         words = -(-self.in_features // 2)
-        self._packed = torch.empty(num_panels * words * library.lanes, dtype=torch.int32)
+
+        def fill(packed: torch.Tensor) -> None:
+            rows_NK = weight_NK if weight_NK.stride(1) == 1 else weight_NK.contiguous()
+            stride, threads = rows_NK.stride(0), torch.get_num_threads()
+            pack(rows_NK.data_ptr(), stride, self.out_features, self.in_features, packed.data_ptr(), threads)
+
+        self._packed = arena.take(num_panels * words * library.lanes, torch.int32, fill)
         self._packed_address = self._packed.data_ptr()
-        weight_NK = weight_NK if weight_NK.stride(1) == 1 else weight_NK.contiguous()
-        pack(
-            weight_NK.data_ptr(),
-            weight_NK.stride(0),
-            self.out_features,
-            self.in_features,
-            self._packed_address,
-            torch.get_num_threads(),
-        )
 
     def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
         rows = x_TK.shape[0]
@@ -237,9 +237,15 @@ class NativeKernels:
         self._shapes: dict[int, _Bound] = {}
         self._groups: dict[int, _Bound] = {}
 
-    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
+    @property
+    def layout(self) -> str | None:
+        return f"panels-{self.library.lanes}" if self.library.has_linear else None
+
+    def pack_linear(
+        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, arena: Arena = OWN_ARENA
+    ) -> PackedLinear:
         if self.library.has_linear and weight_NK.dtype == torch.bfloat16:
-            return NativeLinear(self.library, weight_NK, bias_N)
+            return NativeLinear(self.library, weight_NK, bias_N, arena)
         return self._linear.pack(weight_NK, bias_N)
 
     def multiply(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import struct
 import torch
 import torch.nn.functional as F
 
+from rekindle.engine.arena import OWN_ARENA, Arena
 from rekindle.engine.kernels.interface import (
     AdapterMatrices,
     AttentionBatch,
@@ -26,7 +27,11 @@ class ReferenceKernels:
     def __init__(self, linear: LinearOps = PLAIN) -> None:
         self._linear = linear
 
-    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
+    layout: str | None = None
+
+    def pack_linear(
+        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, arena: Arena = OWN_ARENA
+    ) -> PackedLinear:
         return self._linear.pack(weight_NK, bias_N)
 
     def multiply(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:

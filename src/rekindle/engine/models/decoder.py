@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from rekindle.clock import Clock
+from rekindle.engine.arena import OWN_ARENA, Arena
 from rekindle.engine.kernels.interface import (
     AttentionBatch,
     Kernels,
@@ -75,13 +76,19 @@ def head_name(arch: Architecture) -> str:
 
 
 class Decoder:
-    """A decoder-only transformer ready to run: weights packed for `kernels`, rotary tables computed.
+    """A decoder-only transformer ready to run: weights packed for `kernels` in `arena`, rotary tables computed.
 
     `lora_s` sums the seconds spent in calls of the lora kernel, by `clock`.
     """
 
     def __init__(
-        self, arch: Architecture, weights: WeightSource, kernels: Kernels, max_context_tokens: int, clock: Clock
+        self,
+        arch: Architecture,
+        weights: WeightSource,
+        kernels: Kernels,
+        max_context_tokens: int,
+        clock: Clock,
+        arena: Arena = OWN_ARENA,
     ) -> None:
         self.arch = arch
         self._clock = clock
@@ -90,8 +97,10 @@ class Decoder:
         self._embed_VH = weights.tensor("model.embed_tokens.weight")
         self._dtype = self._embed_VH.dtype
         self.weights = DecoderWeights(
-            layers=tuple(self._load_layer(weights, layer) for layer in range(arch.num_layers)),
-            head=kernels.pack_linear(self._embed_VH if arch.tied_embeddings else weights.tensor(head_name(arch)), None),
+            layers=tuple(self._load_layer(weights, layer, arena) for layer in range(arch.num_layers)),
+            head=kernels.pack_linear(
+                self._embed_VH if arch.tied_embeddings else weights.tensor(head_name(arch)), None, arena
+            ),
         )
         self._final_norm_H = self._norm_weight(weights, "model.norm.weight")
         tables = [rope.table(max_context_tokens) for rope in arch.ropes]
@@ -218,11 +227,11 @@ class Decoder:
             out_TH = kernels.rms_norm(out_TH, layer.norms["post_feedforward_layernorm"], eps)
         return out_TH
 
-    def _load_layer(self, weights: WeightSource, index: int) -> Layer:
+    def _load_layer(self, weights: WeightSource, index: int, arena: Arena) -> Layer:
         prefix = f"model.layers.{index}."
 
         def linear(name: str) -> PackedLinear:
-            return self.kernels.pack_linear(*linear_tensors(weights, index, name))
+            return self.kernels.pack_linear(*linear_tensors(weights, index, name), arena)
 
         return Layer(
             norms={name: self._norm_weight(weights, f"{prefix}{name}.weight") for name in self.arch.norm_names},

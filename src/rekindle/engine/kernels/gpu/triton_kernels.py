@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from rekindle.engine.arena import OWN_ARENA, Arena
 from rekindle.engine.kernels.gpu.attention import attention
 from rekindle.engine.kernels.gpu.lora import GroupedLora
 from rekindle.engine.kernels.gpu.rope import rope_and_store
@@ -30,7 +31,11 @@ class TritonKernels:
         self._linear, self._deterministic = linear, deterministic
         self._lora = GroupedLora(deterministic=deterministic)
 
-    def pack_linear(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> PackedLinear:
+    layout: str | None = None
+
+    def pack_linear(
+        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, arena: Arena = OWN_ARENA
+    ) -> PackedLinear:
         return self._linear.pack(weight_NK, bias_N)
 
     def multiply(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,141 @@
+"""A helper process and the socket it answers on: messages with boundaries, which may bring descriptors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from rekindle.engine.environment import ENVIRONMENT
+from rekindle.errors import InternalError
+
+_STDERR = 2
+
+
+class LaunchFailed(InternalError):
+    """A process did not come to be, or does not answer."""
+
+
+class ChildProcess(Protocol):
+    """A running process."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None:
+        """How it ended; negative, it is the number of the signal that killed it. None while it runs, or if nobody
+        could tell."""
+        ...
+
+    async def wait(self) -> object:
+        """Return when it has ended."""
+        ...
+
+    def kill(self) -> None:
+        """End it by force. Raises ProcessLookupError if it has ended."""
+        ...
+
+
+class Helper:
+    """A helper process, started by `start`; `close` must be awaited in the end. All methods belong to one event loop.
+
+    Every message it sends is given to `heed`; `lost` is called once, when it has died or is closed.
+    """
+
+    def __init__(
+        self,
+        process: ChildProcess,
+        control: socket.socket,
+        max_message_bytes: int,
+        heed: Callable[[bytes, list[int]], None],
+        lost: Callable[[], None],
+    ) -> None:
+        self._process, self._control, self._max_message_bytes = process, control, max_message_bytes
+        self._heed, self._lost = heed, lost
+        self.is_lost = False
+        asyncio.get_running_loop().add_reader(control, self._read)
+
+    @classmethod
+    async def start(
+        cls,
+        command: Sequence[str],
+        max_message_bytes: int,
+        heed: Callable[[bytes, list[int]], None],
+        lost: Callable[[], None],
+    ) -> Helper:
+        """Run `command --fd N`, where N is its end of the socket.
+
+        Raises:
+            LaunchFailed: it cannot be run.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with theirs:
+            try:
+                process = await run_command((*command, "--fd", str(theirs.fileno())), [theirs.fileno()], _STDERR)
+            except BaseException:
+                ours.close()
+                raise
+        return cls(process, ours, max_message_bytes, heed, lost)
+
+    def send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Say something; descriptors are copied.
+
+        Raises:
+            LaunchFailed: the process cannot be reached.
+        """
+        try:
+            socket.send_fds(self._control, [message], descriptors)
+        except OSError as error:
+            raise LaunchFailed(f"helper process {self._process.pid} cannot be reached: {error}") from error
+
+    async def close(self) -> None:
+        """End the process."""
+        self.give_up()
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+
+    def give_up(self) -> None:
+        """Take the process for lost."""
+        if not self.is_lost:
+            self.is_lost = True
+            asyncio.get_running_loop().remove_reader(self._control)
+            self._control.close()
+            self._lost()
+
+    def _read(self) -> None:
+        try:
+            message, descriptors, _, _ = socket.recv_fds(self._control, self._max_message_bytes, 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            message, descriptors = b"", []
+        if message:
+            self._heed(message, descriptors)
+        else:
+            self.give_up()
+
+
+async def run_command(command: Sequence[str], descriptors: Sequence[int], log: int) -> ChildProcess:
+    """Run a command in a session of its own, with these descriptors, and its standard error going to `log`.
+
+    Raises:
+        LaunchFailed: it cannot be run.
+    """
+    try:
+        return await asyncio.create_subprocess_exec(
+            *command,
+            pass_fds=descriptors,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+            env={**ENVIRONMENT, **os.environ},
+        )
+    except OSError as error:
+        raise LaunchFailed(f"{command[0]} could not be started: {error}") from error

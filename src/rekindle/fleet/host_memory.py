@@ -1,0 +1,88 @@
+"""The machine's host-memory tier as its owner sees it: a process that engines are connected to and that outlives them.
+
+Should it die, engines keep what they have mapped and go on; the next engine gets a new, empty one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+
+import msgspec
+
+from rekindle.fleet.control import Helper, LaunchFailed
+from rekindle.protocol.tiers import MAX_MESSAGE_BYTES, AskSnapshot, Attach, Reply, Snapshot
+
+_COMMAND = (sys.executable, "-m", "rekindle.store.node")
+_ANSWER_S = 10.0
+
+
+class HostMemoryNode:
+    """Keeps up to `budget_bytes` of objects that nobody uses. All methods belong to one event loop; `close` must be
+    awaited in the end."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._budget_bytes = budget_bytes
+        self._helper: Helper | None = None
+        self._lock = asyncio.Lock()
+        self._snapshots: asyncio.Queue[Snapshot | None] = asyncio.Queue()
+
+    async def connect(self) -> socket.socket:
+        """A connection for one holder of leases, to be handed on.
+
+        Raises:
+            LaunchFailed: the process cannot be started.
+        """
+        async with self._lock:
+            helper = await self._running()
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                try:
+                    helper.send(msgspec.msgpack.encode(Attach()), [theirs.fileno()])
+                except BaseException:
+                    ours.close()
+                    raise
+            return ours
+
+    async def snapshot(self) -> Snapshot:
+        """What is in the tier now; an empty one if there is no process.
+
+        Raises:
+            LaunchFailed: the process does not answer.
+        """
+        async with self._lock:
+            if self._helper is None or self._helper.is_lost:
+                return Snapshot(self._budget_bytes, 0, (), 0, 0, 0)
+            self._helper.send(msgspec.msgpack.encode(AskSnapshot()))
+            try:
+                async with asyncio.timeout(_ANSWER_S):
+                    found = await self._snapshots.get()
+            except TimeoutError:
+                self._helper.give_up()
+                raise LaunchFailed(f"the host-memory tier did not answer within {_ANSWER_S:g} s") from None
+            if found is None:
+                raise LaunchFailed("the host-memory tier has died")
+            return found
+
+    async def close(self) -> None:
+        """End the process; memory that engines have mapped stays theirs."""
+        async with self._lock:
+            helper, self._helper = self._helper, None
+            if helper is not None:
+                await helper.close()
+
+    async def _running(self) -> Helper:
+        if self._helper is None or self._helper.is_lost:
+            if self._helper is not None:
+                await self._helper.close()
+            self._snapshots = asyncio.Queue()
+            command = (*_COMMAND, "--budget-bytes", str(self._budget_bytes))
+            queue = self._snapshots
+            self._helper = await Helper.start(command, MAX_MESSAGE_BYTES, self._heed, lambda: queue.put_nowait(None))
+        return self._helper
+
+    def _heed(self, message: bytes, descriptors: list[int]) -> None:
+        reply = msgspec.msgpack.decode(message, type=Reply)
+        if isinstance(reply, Snapshot):
+            self._snapshots.put_nowait(reply)

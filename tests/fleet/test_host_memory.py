@@ -1,0 +1,235 @@
+"""Engines that share memory through a node process: real processes and real anonymous files."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from rekindle.clock import SystemClock
+from rekindle.engine.arena import ArenaMismatch, SharedArena
+from rekindle.fleet.host_memory import HostMemoryNode
+from rekindle.fleet.launch import TemplateLauncher
+from rekindle.fleet.replica import Replica
+from rekindle.protocol.replica import EngineSettings
+from rekindle.protocol.tiers import AskSnapshot, Attach
+from rekindle.store.home import Home
+from rekindle.store.model_import import import_model
+from rekindle.store.tier_client import TierClient
+from rekindle.units import MIB
+from support.replicas import QUICK, collect, engine_settings, request, tokens_of, until
+from support.tiny import make_model
+
+
+class Node(HostMemoryNode):
+    """Closes in the end what the test has connected."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        super().__init__(budget_bytes)
+        self.clients: list[TierClient] = []
+
+
+@asynccontextmanager
+async def node(budget_bytes: int = 64 * MIB) -> AsyncIterator[Node]:
+    ours = Node(budget_bytes)
+    try:
+        yield ours
+    finally:
+        for connected in ours.clients:
+            connected.close()
+        await ours.close()
+
+
+async def client(of: Node) -> TierClient:
+    of.clients.append(TierClient(await of.connect()))
+    return of.clients[-1]
+
+
+def filled(value: int, calls: list[int]) -> Callable[[torch.Tensor], None]:
+    def fill(tensor: torch.Tensor) -> None:
+        calls.append(value)
+        tensor.fill_(value)
+
+    return fill
+
+
+async def make(tier: TierClient, calls: list[int], sizes: tuple[int, ...] = (10, 5000)) -> list[torch.Tensor]:
+    def work() -> list[torch.Tensor]:
+        arena = SharedArena(tier, "weights", MIB)
+        try:
+            tensors = [arena.take(size, torch.int32, filled(size, calls)) for size in sizes]
+            arena.publish()
+            return tensors
+        finally:
+            arena.close()
+
+    return await asyncio.to_thread(work)
+
+
+async def test_what_one_engine_laid_out_another_maps_without_any_work() -> None:
+    async with node() as memory:
+        calls: list[int] = []
+        one = await make(await client(memory), calls)
+        other = await make(await client(memory), calls)
+        assert calls == [10, 5000]
+        for first, second in zip(one, other, strict=True):
+            assert torch.equal(first, second)
+        assert [tensor.tolist()[-1] for tensor in other] == [10, 5000]
+        snapshot = await memory.snapshot()
+        assert [(it.name, it.num_leases) for it in snapshot.objects] == [("weights", 2)]
+        assert snapshot.objects[0].num_bytes == 4096 + 20480
+
+
+async def test_memory_that_others_map_cannot_be_written() -> None:
+    async with node() as memory:
+        await make(await client(memory), [])
+        tier = await client(memory)
+        found = await asyncio.to_thread(tier.lease, "weights")
+        assert found is not None
+        descriptor, num_bytes = found
+        for write in (
+            lambda: mmap.mmap(descriptor, num_bytes),
+            lambda: os.pwrite(descriptor, b"x", 0),
+            lambda: os.ftruncate(descriptor, 0),
+        ):
+            with pytest.raises(PermissionError):
+                write()
+        os.close(descriptor)
+        private = (await make(await client(memory), []))[0]
+        private.fill_(7)
+        assert (await make(await client(memory), []))[0].tolist() == [10] * 10
+
+
+async def test_leases_end_with_their_connection_and_idle_memory_is_kept_within_the_budget() -> None:
+    async with node(budget_bytes=30_000) as memory:
+        tier = await client(memory)
+        await make(tier, [])
+        tier.close()
+        await until_idle(memory, 1)
+        calls: list[int] = []
+        again = await client(memory)
+        await make(again, calls)
+        assert calls == []
+        again.close()
+        await until_idle(memory, 1)
+    async with node(budget_bytes=1000) as memory:
+        tier = await client(memory)
+        await make(tier, [])
+        assert len((await memory.snapshot()).objects) == 1
+        tier.close()
+        await until_idle(memory, 0)
+        assert (await memory.snapshot()).evictions_total == 1
+
+
+async def until_idle(memory: HostMemoryNode, num_objects: int) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            objects = (await memory.snapshot()).objects
+            if len(objects) == num_objects and not any(it.num_leases for it in objects):
+                return
+            await asyncio.sleep(0.01)
+
+
+async def test_an_object_laid_out_in_another_way_is_not_used() -> None:
+    async with node() as memory:
+        await make(await client(memory), [])
+        for sizes in ((10,), (10, 5000, 1), (10, 50_000)):
+            with pytest.raises(ArenaMismatch):
+                await make(await client(memory), [], sizes)
+
+
+async def test_without_its_node_an_engine_works_alone() -> None:
+    async with node() as memory:
+        tier = await client(memory)
+        before = await make(tier, [])
+        await memory.close()
+        calls: list[int] = []
+        after = await make(tier, calls)
+        assert calls == [10, 5000]
+        assert torch.equal(before[1], after[1])
+        await make(await client(memory), calls)
+        assert len((await memory.snapshot()).objects) == 1
+
+
+async def test_a_holder_that_speaks_out_of_turn_loses_its_connection_and_nobody_else_does() -> None:
+    async with node() as memory:
+        tier = await client(memory)
+        await make(tier, [])
+        for message in (
+            b"\xff\xff",
+            msgspec.msgpack.encode(Attach()),
+            b"\x81",
+            msgspec.msgpack.encode({"type": "Publish"}),
+        ):
+            bad = await memory.connect()
+            bad.send(message)
+            bad.settimeout(30)
+            assert await asyncio.to_thread(bad.recv, 100) == b""
+            bad.close()
+        asking = await memory.connect()
+        asking.settimeout(30)
+        asking.send(msgspec.msgpack.encode(AskSnapshot()))
+        assert await asyncio.to_thread(asking.recv, 4096)
+        asking.close()
+        found = await asyncio.to_thread(tier.lease, "weights")
+        assert found is not None
+        os.close(found[0])
+
+
+async def test_engines_of_one_model_share_its_weights_and_wake_without_laying_them_out(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    make_model("llama", tmp_path / "source")
+    home = Home(tmp_path / "home")
+    manifest = import_model(tmp_path / "source", home)
+    directory = str(home.model_directory(manifest.digest))
+    settings = engine_settings(model=manifest, model_dir=directory, memory_bytes=8 * MIB, dtype="bfloat16")
+    if not await _lays_out(settings):
+        pytest.skip("these kernels leave weights as they are stored")
+    async with node() as memory:
+        launcher = TemplateLauncher(node=memory)
+        sleepy = replace(QUICK, keep_alive_s=0.05)
+        replicas = [
+            Replica(settings, SystemClock(), supervision=supervision, launcher=launcher)
+            for supervision in (QUICK, sleepy)
+        ]
+        try:
+            for replica in replicas:
+                await replica.start()
+            wanted = request("r", 20, (3, 4, 5), temperature=0.0)
+            one, other = [tokens_of(await collect(replica, wanted)) for replica in replicas]
+            assert one == other
+            await until(lambda: replicas[1].engine_pid is None, "sleep")
+            os.kill(replicas[0].engine_pid or 0, signal.SIGKILL)
+            await until(lambda: replicas[0].restarts_total == 1 and replicas[0].is_ready, "another engine")
+            assert tokens_of(await collect(replicas[0], wanted)) == one
+            assert tokens_of(await collect(replicas[1], wanted)) == one
+            snapshot = await memory.snapshot()
+            assert len(snapshot.objects) == 1
+            assert snapshot.misses_total == 1
+            assert snapshot.hits_total >= 3
+        finally:
+            for replica in replicas:
+                await replica.stop()
+            await launcher.close()
+
+
+async def _lays_out(settings: EngineSettings) -> bool:
+    from rekindle.engine.engine import Engine
+
+    def work() -> bool:
+        engine = Engine(settings, SystemClock(), lambda: None)
+        try:
+            return engine._runner._model.kernels.layout is not None
+        finally:
+            engine.close()
+
+    return await asyncio.to_thread(work)
