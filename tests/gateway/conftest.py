@@ -8,7 +8,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from rekindle.protocol.generation import FinishReason, GenerateRequest, TokenChu
 from rekindle.protocol.identity import AdapterDigest, ModelDigest
 from rekindle.protocol.models import ModelManifest
 from rekindle.protocol.replica import EngineReady, EngineStats, PoolBytes
+from rekindle.protocol.tiers import Snapshot
 
 CONTEXT_TOKENS = 512
 BASE_NAME = "org/tiny:v1"
@@ -343,13 +344,17 @@ ServerFactory = Callable[..., contextlib.AbstractContextManager[RunningServer]]
 def make_services(
     model_dir: Path, base_manifest: ModelManifest, tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
 ) -> ServicesFactory:
-    def make(other_names: tuple[str, ...] = (), **settings: object) -> Services:
+    def make(
+        other_names: tuple[str, ...] = (),
+        host_memory: Callable[[], Awaitable[Snapshot]] | None = None,
+        **settings: object,
+    ) -> Services:
         replica = ScriptedReplica(tiny_tokenizer)
         base = ServedBase(BASE_NAME, base_manifest, model_dir, replica, 1_700_000_000, other_names)
         served = dict.fromkeys(base.names, base_manifest.digest)
         catalog = MemoryCatalog({**served, "not/served": ModelDigest("0" * 64)})
         allowed = GatewaySettings(adapter_roots=(tmp_path_factory.mktemp("adapters"),), max_body_bytes=1 << 20)
-        return Services((base,), catalog, import_adapter, replace(allowed, **settings))
+        return Services((base,), catalog, import_adapter, replace(allowed, **settings), host_memory=host_memory)
 
     return make
 
@@ -357,8 +362,12 @@ def make_services(
 @pytest.fixture(scope="session")
 def start_server(make_services: ServicesFactory) -> ServerFactory:
     @contextlib.contextmanager
-    def start(other_names: tuple[str, ...] = (), **settings: object) -> Iterator[RunningServer]:
-        services = make_services(other_names, **settings)
+    def start(
+        other_names: tuple[str, ...] = (),
+        host_memory: Callable[[], Awaitable[Snapshot]] | None = None,
+        **settings: object,
+    ) -> Iterator[RunningServer]:
+        services = make_services(other_names, host_memory, **settings)
         config = uvicorn.Config(create_app(services), port=0, log_level="error", timeout_graceful_shutdown=5)
         server = uvicorn.Server(config)
         loop = asyncio.new_event_loop()

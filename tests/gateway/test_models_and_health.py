@@ -10,6 +10,8 @@ import pytest
 from openai.types import Model
 from prometheus_client.parser import text_string_to_metric_families
 
+from rekindle.protocol.tiers import Resident, Snapshot
+
 BASE = "org/tiny:v1"
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -87,6 +89,34 @@ def test_the_engines_figures_are_shown_under_vllms_names(server):
     assert value(samples, "rekindle_engine_restarts_total") == 2
     assert value(samples, "rekindle_engine_wakes_total") == 3
     assert value(samples, "rekindle_engine_start_seconds", part="weights") == 0.5
+
+
+async def _host_memory() -> Snapshot:
+    objects = (Resident("weights", 100, 2, 0.0), Resident("others", 30, 0, 5.0))
+    return Snapshot(64, 30, objects, 7, 8, 9)
+
+
+def test_host_memory_is_shown(server, start_server):
+    assert httpx.get(f"{server.url}/v1/store").json()["host_memory"] is None
+    with start_server(host_memory=_host_memory) as other:
+        samples = scrape(other)
+        kinds = {"in_use": 100, "idle": 30, "idle_budget": 64}
+        assert {kind: samples["rekindle_host_memory_bytes", (("kind", kind),)] for kind in kinds} == kinds
+        assert samples["rekindle_host_memory_hits_total", ()] == 7
+        assert samples["rekindle_host_memory_misses_total", ()] == 8
+        assert samples["rekindle_host_memory_evictions_total", ()] == 9
+        shown = httpx.get(f"{other.url}/v1/store").json()
+        assert shown["models"] == [
+            {
+                "id": BASE,
+                "digest": "ba5e" * 16,
+                "is_awake": True,
+                "wakes_total": 3,
+                "start_s": {"process": 0.25, "weights": 0.5},
+                "resident_adapters": [],
+            }
+        ]
+        assert shown["host_memory"]["objects"][1] == {"name": "others", "num_bytes": 30, "num_leases": 0, "idle_s": 5.0}
 
 
 def test_the_engines_memory_loads_and_refusals_are_shown(server):

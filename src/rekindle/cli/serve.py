@@ -10,8 +10,9 @@ import logging
 import math
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import uvicorn
 
@@ -20,9 +21,10 @@ from rekindle.catalog.catalog import Catalog
 from rekindle.catalog.records import ModelRecord
 from rekindle.cli.engines import engine_settings
 from rekindle.cli.examples import print_examples
-from rekindle.cli.settings import Settings, home_directory
+from rekindle.cli.settings import Settings, available_memory_bytes, home_directory
 from rekindle.clock import SystemClock
 from rekindle.errors import ConfigurationError, RekindleError
+from rekindle.fleet.host_memory import HostMemoryNode
 from rekindle.fleet.launch import TemplateLauncher
 from rekindle.fleet.replica import Replica
 from rekindle.fleet.supervision import Supervision
@@ -71,19 +73,24 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _Closable(Protocol):
+    async def close(self) -> None: ...
+
+
 class RekindleServer:
-    """The running whole: one gateway and a replica for each base."""
+    """The running whole: one gateway, a replica for each base, and what these lean on, which is closed in order."""
 
     def __init__(
         self,
         settings: Settings,
         services: Services,
         replicas: list[Replica],
-        launcher: TemplateLauncher,
+        helpers: Sequence[_Closable] = (),
         *,
         show_examples: bool,
     ) -> None:
-        self._settings, self._services, self._replicas, self._launcher = settings, services, replicas, launcher
+        self._settings, self._services = settings, services
+        self._replicas, self._helpers = replicas, helpers
         self._show_examples = show_examples
         self._http = _Server(
             uvicorn.Config(
@@ -118,7 +125,8 @@ class RekindleServer:
                         await task
             for replica in self._replicas:
                 await replica.stop()
-            await self._launcher.close()
+            for helper in self._helpers:
+                await helper.close()
         if starting.done() and not starting.cancelled() and (error := starting.exception()) is not None:
             raise error
         return 0 if self._http.started else 1
@@ -183,7 +191,9 @@ def _build(arguments: argparse.Namespace, settings: Settings, home: Home, catalo
     engines = engine_settings(settings.engine, [record for record, *_ in models])
     keep_alive_s = math.inf if settings.engine.keep_alive_s is None else settings.engine.keep_alive_s
     supervision = Supervision(silence_s=settings.engine.step_limit_s, keep_alive_s=keep_alive_s)
-    launcher = TemplateLauncher()
+    idle_bytes = settings.store.idle_memory
+    node = HostMemoryNode(available_memory_bytes() // 4 if idle_bytes is None else idle_bytes)
+    launcher = TemplateLauncher(node=node)
     replicas = [
         Replica(engine, clock, name=record.name, supervision=supervision, launcher=launcher)
         for engine, (record, *_) in zip(engines, models, strict=True)
@@ -203,8 +213,8 @@ def _build(arguments: argparse.Namespace, settings: Settings, home: Home, catalo
         adapter_roots=tuple(Path(root).expanduser() for root in server.adapter_roots),
         max_body_bytes=server.max_body_bytes,
     )
-    services = Services(bases, catalog, import_from, gateway, clock, Lifecycle())
-    return RekindleServer(settings, services, replicas, launcher, show_examples=arguments.example)
+    services = Services(bases, catalog, import_from, gateway, clock, Lifecycle(), node.snapshot)
+    return RekindleServer(settings, services, replicas, (launcher, node), show_examples=arguments.example)
 
 
 def _records(catalog: Catalog, names: list[str]) -> list[ModelRecord]:

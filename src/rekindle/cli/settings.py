@@ -66,11 +66,27 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """What is kept for models that sleep."""
+
+    idle_memory: Bytes | None = setting(
+        None,
+        "Bytes of host memory for weights that no engine uses, so that models wake without laying them out again; a "
+        "quarter of the host's free memory.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.idle_memory is not None:
+            check_range("idle_memory", self.idle_memory, 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Everything `rekindle serve` can be told."""
 
     server: ServerSettings = section(ServerSettings)
     engine: EngineOptions = section(EngineOptions)
+    store: StoreOptions = section(StoreOptions)
 
 
 def home_directory(asked: Path | None) -> Path:

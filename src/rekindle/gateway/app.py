@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from rekindle.errors import RekindleError
-from rekindle.gateway import adapter_routes, health_routes, openai_routes
+from rekindle.gateway import adapter_routes, health_routes, openai_routes, store_routes
 from rekindle.gateway.http_errors import response_of, response_of_status
 from rekindle.gateway.middleware import RequestEnvelope
 from rekindle.gateway.schemas import in_plain_words
@@ -30,6 +30,7 @@ def create_app(services: Services) -> FastAPI:
     app.state.gateway = GatewayState(services)
     app.include_router(openai_routes.router)
     app.include_router(adapter_routes.router)
+    app.include_router(store_routes.router)
     app.include_router(health_routes.router)
     app.add_middleware(RequestEnvelope, max_body_bytes=services.settings.max_body_bytes)
     return app

@@ -35,4 +35,6 @@ async def ready(state: State) -> Response:
 @router.get("/metrics")
 async def metrics(state: State) -> Response:
     """All metrics in Prometheus' text format."""
-    return Response(state.metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
+    ask = state.services.host_memory
+    text = state.metrics.render(None if ask is None else await ask())
+    return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})

@@ -20,6 +20,7 @@ from rekindle.clock import Clock
 from rekindle.gateway.seams import ServedBase
 from rekindle.protocol.generation import FinishReason
 from rekindle.protocol.replica import EngineStats, PoolBytes
+from rekindle.protocol.tiers import Snapshot
 
 MODEL = "model_name"
 FIRST_TOKEN_BUCKETS_S = (
@@ -67,11 +68,18 @@ class GatewayMetrics:
         self.request_success = self._counter(
             "vllm:request_success", "Choices that ended, by reason.", (MODEL, "finished_reason")
         )
+        self._host_memory: Snapshot | None = None
         self._registry.register(_EngineCollector(bases, self))
 
-    def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
+    def render(self, host_memory: Snapshot | None = None) -> bytes:
+        """All metrics in Prometheus' text format, with those of the host-memory tier as it is now, if there is one."""
+        self._host_memory = host_memory
         return generate_latest(self._registry)
+
+    @property
+    def host_memory(self) -> Snapshot | None:
+        """The tier as `render` was given it."""
+        return self._host_memory
 
     @contextmanager
     def observe(self, model: str, adapter: str | None, num_choices: int) -> Iterator[RequestObserver]:
@@ -167,6 +175,8 @@ class _EngineCollector(Collector):
         yield self._adapters_in_use(known)
         yield _merged(known)
         yield from self._starts()
+        if (tier := self._metrics.host_memory) is not None:
+            yield from _host_memory(tier)
 
     def _starts(self) -> Iterator[Metric]:
         up = GaugeMetricFamily("rekindle_engine_ready", "1 while requests are taken and answered.", labels=(MODEL,))
@@ -213,6 +223,23 @@ class _EngineCollector(Collector):
             )
             info.add_metric((str(stats.pages_total), running, waiting), self._metrics.now_s())
         return info
+
+
+def _host_memory(tier: Snapshot) -> Iterator[Metric]:
+    held = GaugeMetricFamily(
+        "rekindle_host_memory_bytes", "Bytes of shared weights in host memory, by use, and the budget for idle ones.",
+        labels=("kind",),
+    )  # fmt: skip
+    in_use = sum(each.num_bytes for each in tier.objects if each.num_leases)
+    for kind, num_bytes in (("in_use", in_use), ("idle", tier.idle_bytes), ("idle_budget", tier.budget_bytes)):
+        held.add_metric((kind,), num_bytes)
+    yield held
+    for name, count, text in (
+        ("rekindle_host_memory_hits", tier.hits_total, "Objects that an engine found in host memory."),
+        ("rekindle_host_memory_misses", tier.misses_total, "Objects that an engine had to make."),
+        ("rekindle_host_memory_evictions", tier.evictions_total, "Objects dropped because the budget was short."),
+    ):
+        yield CounterMetricFamily(name, text, value=count)
 
 
 def _pool_bytes(known: Sequence[tuple[str, EngineStats]]) -> Metric:

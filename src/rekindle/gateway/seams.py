@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +15,7 @@ from rekindle.protocol.generation import GenerateRequest, TokenChunk
 from rekindle.protocol.identity import AdapterDigest, ModelDigest
 from rekindle.protocol.models import ModelManifest
 from rekindle.protocol.replica import EngineReady, EngineStats
+from rekindle.protocol.tiers import Snapshot
 
 
 class Replica(Protocol):
@@ -156,3 +157,5 @@ class Services:
     settings: GatewaySettings = field(default_factory=GatewaySettings)
     clock: Clock = field(default_factory=SystemClock)
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    host_memory: Callable[[], Awaitable[Snapshot]] | None = None
+    """What is in the machine's host-memory tier now; raises `InternalError` if it cannot be told."""
