@@ -14,7 +14,6 @@ from rekindle.cli.reports import check_writable, say, write_report
 from rekindle.cli.settings import home_directory
 from rekindle.cli.tables import print_table
 from rekindle.errors import InvalidRequest
-from rekindle.protocol.adapters import ADAPTER_FILE_NAME
 from rekindle.store.codecs.registry import probed_codecs
 from rekindle.store.home import Home
 from rekindle.store.model_import import WEIGHTS_NAME

@@ -34,8 +34,8 @@ class Purpose(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`codec` is None where the object is better left as it is. `ready_s` is how long bringing it back takes, as chosen;
-    `kept_bytes` what is kept of it, and `reasons` has a sentence for each codec and one for the outcome."""
+    """`codec` is None where the object is better left as it is. `ready_s` is how long bringing it back takes then, and
+    `kept_bytes` what is kept of it. `reasons` has a line for each codec and one for the outcome."""
 
     codec: str | None
     ready_s: float
@@ -61,8 +61,9 @@ def choose_codec(
         kept_bytes, ready_s = _outcome(num_bytes, figures, link_bytes_s, purpose)
         refusal = _refusal(num_bytes, figures, link_bytes_s, max_pack_s)
         reasons.append(
-            f"{figures.codec}: {format_bytes(kept_bytes)} ({figures.share:.3f}), unpacks {_rate(figures.unpack_bytes_s)}, "
-            f"ready in {_ms(ready_s)} against {_ms(plain_s)} as it is" + (f"; not used: {refusal}" if refusal else "")
+            f"{figures.codec}: {format_bytes(kept_bytes)} ({figures.share:.3f}), "
+            f"unpacks {_rate(figures.unpack_bytes_s)}, ready in {_ms(ready_s)} against {_ms(plain_s)} as it is"
+            + (f"; not used: {refusal}" if refusal else "")
         )
         if not refusal:
             cost = ready_s if purpose is Purpose.TRANSFER else kept_bytes
@@ -82,9 +83,9 @@ def choose_codec(
 
 def _outcome(num_bytes: int, figures: Measured, link_bytes_s: float, purpose: Purpose) -> tuple[int, float]:
     """Bytes kept, and seconds until the object is ready."""
-    kept_bytes = round(figures.share * num_bytes)
+    kept = figures.share * num_bytes
     unpack_s = num_bytes / figures.unpack_bytes_s
-    return kept_bytes, max(kept_bytes / link_bytes_s, unpack_s) if purpose is Purpose.TRANSFER else unpack_s
+    return round(kept), max(kept / link_bytes_s, unpack_s) if purpose is Purpose.TRANSFER else unpack_s
 
 
 def _refusal(num_bytes: int, figures: Measured, link_bytes_s: float, max_pack_s: float | None) -> str:

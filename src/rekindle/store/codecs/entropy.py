@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -120,4 +120,4 @@ def isal_streams() -> DeflateStreams:
         from isal import igzip_lib, isal_zlib
     except ImportError as error:
         raise CodecUnavailable("the isal library is not installed") from error
-    return DeflateStreams(isal_zlib.decompressobj, igzip_lib.IsalError)
+    return DeflateStreams(isal_zlib.decompressobj, cast("type[Exception]", igzip_lib.IsalError))

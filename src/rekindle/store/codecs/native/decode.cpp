@@ -8,8 +8,6 @@
 namespace rekindle {
 namespace {
 
-constexpr int kNumLengthSymbols = 19;
-constexpr uint8_t kLengthOrder[kNumLengthSymbols] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
 constexpr int kMaxBytesOfEntry = 6;
 constexpr int kReadsPerRefill = 5;  // of at most 11 bits, of the 56 that a refill leaves
 constexpr int64_t kOutMargin = kReadsPerRefill * kMaxBytesOfEntry + 8;
@@ -71,17 +69,15 @@ bool fill_table(const uint8_t* lengths, int num_symbols, int table_bits, uint16_
 // The code lengths that a block header announces. False unless it is a final block of literals as `Encoder` makes it.
 bool read_header(BitReader& bits, uint8_t* lengths) {
   if (bits.take(1) != 1 || bits.take(2) != 2) return false;
-  const int num_literals = static_cast<int>(bits.take(5)) + 257;
-  const int num_distances = static_cast<int>(bits.take(5)) + 1;
-  if (num_literals != kNumLiterals) return false;
+  if (bits.take(5) != kNumLiterals - 257 || bits.take(5) != kNumDistances - 1) return false;
   const int num_announced = static_cast<int>(bits.take(4)) + 4;
   uint8_t token_lengths[kNumLengthSymbols] = {};
   for (int i = 0; i < num_announced; ++i) token_lengths[kLengthOrder[i]] = static_cast<uint8_t>(bits.take(3));
   uint16_t table[1 << 7];
   if (!fill_table(token_lengths, kNumLengthSymbols, 7, table)) return false;
-  uint8_t all[kNumLiterals + 32];
-  const int total = num_literals + num_distances;
-  for (int i = 0; i < total;) {
+  constexpr int kTotal = kNumLiterals + kNumDistances;
+  uint8_t all[kTotal];
+  for (int i = 0; i < kTotal;) {
     const uint16_t entry = table[bits.peek(7)];
     bits.skip(entry >> 9);
     const int symbol = entry & 0x1ff;
@@ -93,11 +89,12 @@ bool read_header(BitReader& bits, uint8_t* lengths) {
       run = symbol == 16 ? 3 + static_cast<int>(bits.take(2))
                          : symbol == 17 ? 3 + static_cast<int>(bits.take(3)) : 11 + static_cast<int>(bits.take(7));
     }
-    if (i + run > total || bits.overrun()) return false;
+    if (i + run > kTotal || bits.overrun()) return false;
     std::fill(all + i, all + i + run, length);
     i += run;
   }
   std::copy(all, all + kNumLiterals, lengths);
+  if (all[kNumLiterals] != 1 || all[kNumLiterals + 1] != 1) return false;
   return lengths[kEndOfBlock] != 0 && *std::max_element(lengths, lengths + kNumLiterals) <= kMaxCodeBits;
 }
 

@@ -8,10 +8,6 @@
 namespace rekindle {
 namespace {
 
-constexpr int kNumLengthSymbols = 19;
-constexpr int kNumDistances = 2;  // unused, but two codes of one bit are what every inflate accepts
-constexpr uint8_t kLengthOrder[kNumLengthSymbols] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
-
 class BitWriter {
  public:
   explicit BitWriter(uint8_t* out) : out_(out) {}

@@ -12,6 +12,9 @@ constexpr int kMaxCodeBits = 11;  // DEFLATE allows 15; with 11 the whole code i
 constexpr int kTableSize = 1 << kMaxCodeBits;
 constexpr int kNumLiterals = 257;  // bytes and the end of the block
 constexpr int kEndOfBlock = 256;
+constexpr int kNumDistances = 2;  // unused, but two codes of one bit are what every inflate accepts
+constexpr int kNumLengthSymbols = 19;
+constexpr uint8_t kLengthOrder[kNumLengthSymbols] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
 constexpr int kMaxHeaderBytes = 512;
 constexpr int kInterleaved = 4;  // streams decoded beside each other, to hide the latency of table reads
 
