@@ -17,7 +17,7 @@ from rekindle.store.codecs.measure import Measured, measure
 from rekindle.store.codecs.planes import entropy_bits, split
 from rekindle.store.codecs.registry import probed_codecs
 from rekindle.store.model_source import NUMPY_DTYPES, SourceTensor, converted
-from rekindle.store.safetensors_file import DTYPE_BYTES, tensor_index
+from rekindle.store.safetensors_file import DTYPE_BYTES, TensorEntry, tensor_index
 
 DTYPES = ("BF16", "F16", "F32")
 _SYNTHETIC_DEVIATION = 0.02
@@ -57,16 +57,33 @@ class CodecsReport:
     unavailable: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """Where one tensor lies."""
+
+    label: str
+    path: Path
+    entry: TensorEntry
+
+
 def weights_of(files: Sequence[tuple[str, Path]], num_bytes: int) -> list[Weights]:
     """Up to `num_bytes` of each dtype from safetensors files, given with their labels: of every tensor the same share.
 
     Where no file has a dtype, F32 weights are rounded to it; where there are none either, weights are drawn.
 
     Raises:
-        ModelRejected: a file is no safetensors file.
-        InvalidRequest: files were given and none has weights of these dtypes.
+        InvalidRequest: a file cannot be read or is no safetensors file, or none has weights of these dtypes.
     """
-    found = {dtype: _read(files, dtype, num_bytes) for dtype in DTYPES}
+    try:
+        tensors = [
+            _Tensor(label, path, entry)
+            for label, path in files
+            for entry in tensor_index(path, rejected=InvalidRequest).values()
+            if entry.num_bytes
+        ]
+        found = {dtype: _read([each for each in tensors if each.entry.dtype == dtype], num_bytes) for dtype in DTYPES}
+    except OSError as error:
+        raise InvalidRequest(f"{error.filename} cannot be read: {error.strerror}", field="data") from error
     if files and not any(found.values()):
         labels = ", ".join(label for label, _ in files)
         raise InvalidRequest(f"no tensors of {', '.join(DTYPES)} in {labels}", field="data")
@@ -113,22 +130,18 @@ def rows(result: DtypeResult) -> list[tuple[str, ...]]:
     ]
 
 
-def _read(files: Sequence[tuple[str, Path]], dtype: str, num_bytes: int) -> Weights | None:
-    tensors = [
-        (label, path, entry)
-        for label, path in files
-        for entry in tensor_index(path, rejected=InvalidRequest).values()
-        if entry.dtype == dtype and entry.num_bytes
-    ]
+def _read(tensors: Sequence[_Tensor], num_bytes: int) -> Weights | None:
+    """The same share of each of these tensors, which are of one dtype."""
     if not tensors:
         return None
-    share = min(1.0, num_bytes / sum(entry.num_bytes for _, _, entry in tensors))
+    dtype = tensors[0].entry.dtype
+    share = min(1.0, num_bytes / sum(tensor.entry.num_bytes for tensor in tensors))
     width, parts = DTYPE_BYTES[dtype], []
-    for _, path, entry in tensors:
-        with path.open("rb") as file:
-            file.seek(entry.offset)
-            parts.append(file.read(-(-round(entry.num_bytes * share) // width) * width))
-    labels = dict.fromkeys(label for label, _, _ in tensors)
+    for tensor in tensors:
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.entry.offset)
+            parts.append(file.read(-(-round(tensor.entry.num_bytes * share) // width) * width))
+    labels = dict.fromkeys(tensor.label for tensor in tensors)
     return Weights(dtype, ", ".join(labels), b"".join(parts))
 
 

@@ -30,9 +30,13 @@ def measure(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         check_writable(arguments.json)
     num_bytes = _size(arguments.size)
-    num_threads = arguments.threads or len(os.sched_getaffinity(0))
+    num_threads = len(os.sched_getaffinity(0)) if arguments.threads is None else arguments.threads
+    if num_threads < 1:
+        raise InvalidRequest(f"--threads must be at least 1, got {num_threads}", field="threads")
     if arguments.data:
-        report = _measure([(path.name, path) for path in arguments.data], num_bytes, num_threads)
+        report = _measure(
+            [(f"{path.parent.name}/{path.name}", path) for path in arguments.data], num_bytes, num_threads
+        )
     else:
         home = Home(home_directory(arguments.home))
         with Catalog.open(home) as catalog, home.using():

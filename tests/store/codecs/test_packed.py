@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from rekindle.errors import InternalError, PackedDamaged
 from rekindle.store.codecs.general import RawCodec
-from rekindle.store.codecs.interface import FRAME_BYTES, Codec, ElementType, Format, Packed
+from rekindle.store.codecs.interface import FRAME_BYTES, Codec, ElementType, Format
 from rekindle.store.codecs.packed import open_packed, pack_into, packed_bound
 from rekindle.store.codecs.registry import codec_for, codec_named, probed_codecs
+from rekindle.store.safetensors_file import Bytes
 from rekindle.units import KIB, MIB
 
 CODECS = [probed.codec for probed in probed_codecs() if probed.codec is not None]
@@ -68,7 +69,7 @@ def make_content(kind: str, num_bytes: int, dtype: str) -> bytes:
 
 def packed(
     codec: Codec,
-    content: Packed,
+    content: Bytes,
     dtype: str,
     executor: ThreadPoolExecutor | None = None,
     frame_bytes: int = SMALL_FRAME,
@@ -78,7 +79,7 @@ def packed(
     return buffer
 
 
-def unpacked(codec: Codec, buffer: Packed, executor: ThreadPoolExecutor | None = None) -> bytes:
+def unpacked(codec: Codec, buffer: Bytes, executor: ThreadPoolExecutor | None = None) -> bytes:
     found = open_packed(buffer)
     out = bytearray(found.num_bytes)
     found.unpack(codec, out, executor)
@@ -257,7 +258,7 @@ class _Scripted:
         self.started = threading.Event()
         self._lock = threading.Lock()
 
-    def pack_frame(self, frame: memoryview, element: ElementType) -> Packed | None:
+    def pack_frame(self, frame: memoryview, element: ElementType) -> Bytes | None:
         return bytes(frame[:8])
 
     def unpack_frame(self, packed: memoryview, element: ElementType, out: memoryview) -> None:

@@ -11,9 +11,10 @@ import pytest
 
 from rekindle.errors import ConfigurationError
 from rekindle.store.codecs.general import RawCodec
-from rekindle.store.codecs.interface import CodecUnavailable, ElementType, Format, Packed
+from rekindle.store.codecs.interface import CodecUnavailable, ElementType, Format
 from rekindle.store.codecs.qpl import qpl_streams
 from rekindle.store.codecs.registry import codec_for, codec_named, probe, probed_codecs
+from rekindle.store.safetensors_file import Bytes
 
 ALWAYS = {"raw", "planes-deflate/zlib"}
 FORGETFUL = "unsigned char"
@@ -24,7 +25,7 @@ class _Forgetful(RawCodec):
 
     name = "forgetful"
 
-    def pack_frame(self, frame: memoryview, element: ElementType) -> Packed | None:
+    def pack_frame(self, frame: memoryview, element: ElementType) -> Bytes | None:
         return b"x" if len(frame) > 1 else None
 
     def unpack_frame(self, packed: memoryview, element: ElementType, out: memoryview) -> None:

@@ -14,9 +14,10 @@ from typing import Protocol, cast
 import numpy as np
 
 from rekindle.store.codecs.general import Zstd
-from rekindle.store.codecs.interface import CodecUnavailable, ElementType, Format, Packed
+from rekindle.store.codecs.interface import CodecUnavailable, ElementType, Format
 from rekindle.store.codecs.native_planes import ABSENT, NATIVE
 from rekindle.store.codecs.planes import Plane, PlanesCodec
+from rekindle.store.safetensors_file import Bytes
 
 _WINDOW_BITS = -12
 """Raw DEFLATE with a window of 4 KiB."""
@@ -50,7 +51,7 @@ class ZstdStreams:
         """See `StreamCoder`."""
         return self._zstd.compress(stream)
 
-    def decode(self, streams: Sequence[memoryview], sizes: Sequence[int]) -> Sequence[Packed]:
+    def decode(self, streams: Sequence[memoryview], sizes: Sequence[int]) -> Sequence[Bytes]:
         """See `StreamCoder`."""
         return [self._zstd.decompress(stream, size) for stream, size in zip(streams, sizes, strict=True)]
 
@@ -65,7 +66,7 @@ class DeflateStreams:
         """See `StreamCoder`."""
         return huffman_only(stream)
 
-    def decode(self, streams: Sequence[memoryview], sizes: Sequence[int]) -> Sequence[Packed]:
+    def decode(self, streams: Sequence[memoryview], sizes: Sequence[int]) -> Sequence[Bytes]:
         """See `StreamCoder`."""
         return [self._decode(stream, size) for stream, size in zip(streams, sizes, strict=True)]
 
@@ -90,7 +91,7 @@ class NativeDeflate:
             raise CodecUnavailable(f"the native library is absent: {ABSENT}")
         self._native, self._inflate = NATIVE, inflate
 
-    def pack_frame(self, frame: memoryview, element: ElementType) -> Packed | None:
+    def pack_frame(self, frame: memoryview, element: ElementType) -> Bytes | None:
         """See `Codec`."""
         packed = np.empty(len(frame), np.uint8)
         length = self._native.pack_deflate(np.frombuffer(frame, np.uint8), element, packed)

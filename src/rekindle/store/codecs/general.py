@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from rekindle.store.codecs.interface import CodecUnavailable, ElementType, Format, Packed
+from rekindle.store.codecs.interface import CodecUnavailable, ElementType, Format
+from rekindle.store.safetensors_file import Bytes
 
 _ZSTD_LEVEL = 3
 _BLOSC_LEVEL = 1
@@ -19,7 +20,7 @@ class RawCodec:
 
     name, format = "raw", Format.RAW
 
-    def pack_frame(self, frame: memoryview, element: ElementType) -> Packed | None:
+    def pack_frame(self, frame: memoryview, element: ElementType) -> Bytes | None:
         """See `Codec`."""
         return None
 
@@ -40,7 +41,7 @@ class Lz4Codec:
             raise CodecUnavailable("the lz4 library is not installed") from error
         self._block = block
 
-    def pack_frame(self, frame: memoryview, element: ElementType) -> Packed | None:
+    def pack_frame(self, frame: memoryview, element: ElementType) -> Bytes | None:
         """See `Codec`."""
         packed: bytes = self._block.compress(frame, store_size=False)
         return packed if len(packed) < len(frame) else None
@@ -61,7 +62,7 @@ class ZstdCodec:
     def __init__(self) -> None:
         self._zstd = Zstd(compression_level=_ZSTD_LEVEL)
 
-    def pack_frame(self, frame: memoryview, element: ElementType) -> Packed | None:
+    def pack_frame(self, frame: memoryview, element: ElementType) -> Bytes | None:
         """See `Codec`."""
         packed = self._zstd.compress(frame)
         return packed if len(packed) < len(frame) else None
@@ -92,7 +93,7 @@ class BloscCodec:
             "nthreads": 1,
         }
 
-    def pack_frame(self, frame: memoryview, element: ElementType) -> Packed | None:
+    def pack_frame(self, frame: memoryview, element: ElementType) -> Bytes | None:
         """See `Codec`."""
         packed = self._blosc2.compress2(np.frombuffer(frame, np.uint8), typesize=element.num_planes, **self._choices)
         return packed if len(packed) < len(frame) else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Protocol
 
+from rekindle.store.safetensors_file import Bytes
 from rekindle.units import MIB
 
 FRAME_BYTES = 2 * MIB
@@ -17,8 +18,6 @@ FRAME_BYTES = 2 * MIB
 small enough that two threads share an adapter of a few MiB evenly and that a frame and its planes fit the caches."""
 
 MIN_FRAME_BYTES, MAX_FRAME_BYTES = 1 * MIB, 4 * MIB
-
-Packed = bytes | bytearray | memoryview
 
 
 class Format(IntEnum):
@@ -74,7 +73,7 @@ class Codec(Protocol):
     def format(self) -> Format:
         """What its frames are."""
 
-    def pack_frame(self, frame: memoryview, element: ElementType) -> Packed | None:
+    def pack_frame(self, frame: memoryview, element: ElementType) -> Bytes | None:
         """The packed frame, or None where packing does not make it smaller. `frame` is not empty."""
 
     def unpack_frame(self, packed: memoryview, element: ElementType, out: memoryview) -> None:

@@ -8,8 +8,9 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from rekindle.errors import InternalError
-from rekindle.store.codecs.interface import FRAME_BYTES, Codec, Packed
+from rekindle.store.codecs.interface import FRAME_BYTES, Codec
 from rekindle.store.codecs.packed import open_packed, pack_into, packed_bound
+from rekindle.store.safetensors_file import Bytes
 from rekindle.units import MIB
 
 
@@ -29,7 +30,7 @@ class Measured:
         return self.packed_bytes / self.num_bytes
 
 
-def sample(data: Packed, max_bytes: int = 16 * MIB) -> bytearray:
+def sample(data: Bytes, max_bytes: int = 16 * MIB) -> bytearray:
     """Whole frames from all over `data`, evenly, of `max_bytes` in all; everything where `data` is no longer."""
     whole = memoryview(data).cast("B")
     if len(whole) <= max_bytes:
@@ -39,7 +40,7 @@ def sample(data: Packed, max_bytes: int = 16 * MIB) -> bytearray:
     return bytearray(b"".join(whole[start : start + FRAME_BYTES] for start in starts))
 
 
-def measure(codec: Codec, data: Packed, dtype: str, executor: Executor | None = None, repeats: int = 3) -> Measured:
+def measure(codec: Codec, data: Bytes, dtype: str, executor: Executor | None = None, repeats: int = 3) -> Measured:
     """Pack and unpack `data`, which is not empty, and keep the best times of `repeats`.
 
     Buffers are written once before, so that the first touch of their pages is not timed.

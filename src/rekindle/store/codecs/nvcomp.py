@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from rekindle.store.codecs.entropy import huffman_only
-from rekindle.store.codecs.interface import CodecUnavailable, Packed
+from rekindle.store.codecs.interface import CodecUnavailable
 from rekindle.store.codecs.planes import STREAM_BYTES, Plane
+from rekindle.store.safetensors_file import Bytes
 
 
 class NvcompStreams:
@@ -32,7 +33,7 @@ class NvcompStreams:
         """See `StreamCoder`."""
         return huffman_only(stream)
 
-    def decode(self, streams: Sequence[memoryview], sizes: Sequence[int]) -> Sequence[Packed]:
+    def decode(self, streams: Sequence[memoryview], sizes: Sequence[int]) -> Sequence[Bytes]:
         """See `StreamCoder`."""
         if not streams:
             return []

@@ -28,8 +28,8 @@ from rekindle.store.codecs.interface import (
     Codec,
     ElementType,
     Format,
-    Packed,
 )
+from rekindle.store.safetensors_file import Bytes
 
 _MAGIC = b"RKPACK\r\n"
 _VERSION = 1
@@ -65,7 +65,7 @@ class PackedObject:
     frames: tuple[Frame, ...]
     buffer: memoryview
 
-    def unpack(self, codec: Codec, out: Packed, executor: Executor | None = None) -> None:
+    def unpack(self, codec: Codec, out: Bytes, executor: Executor | None = None) -> None:
         """Fill the writable buffer `out`, of `num_bytes` bytes, frame by frame in the executor's threads.
 
         Nothing writes to `out` any more when this returns or raises.
@@ -116,9 +116,9 @@ def packed_bound(num_bytes: int, frame_bytes: int = FRAME_BYTES) -> int:
 
 def pack_into(
     codec: Codec,
-    data: Packed,
+    data: Bytes,
     dtype: str,
-    out: Packed,
+    out: Bytes,
     executor: Executor | None = None,
     frame_bytes: int = FRAME_BYTES,
 ) -> int:
@@ -155,7 +155,7 @@ def pack_into(
     return end
 
 
-def open_packed(buffer: Packed) -> PackedObject:
+def open_packed(buffer: Bytes) -> PackedObject:
     """Read and check the header and table of a packed object that is exactly `buffer`.
 
     Raises:
@@ -224,7 +224,7 @@ def _index_digest(view: memoryview, num_frames: int) -> int:
     return _digest(bytes(view[: _HEADER.size]) + bytes(table))
 
 
-def _digest(content: Packed) -> int:
+def _digest(content: Bytes) -> int:
     try:
         # Not at the top: the store is imported where packing is not used and its libraries are not installed.
         from xxhash import xxh3_64_intdigest

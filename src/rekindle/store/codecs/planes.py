@@ -22,8 +22,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rekindle.store.codecs.interface import ElementType, Format, Packed
+from rekindle.store.codecs.interface import ElementType, Format
 from rekindle.store.codecs.native_planes import NATIVE
+from rekindle.store.safetensors_file import Bytes
 from rekindle.units import KIB
 
 STREAM_BYTES = 64 * KIB
@@ -41,7 +42,7 @@ class StreamCoder(Protocol):
     def encode(self, stream: Plane) -> bytes:
         """The coded stream."""
 
-    def decode(self, streams: Sequence[memoryview], sizes: Sequence[int]) -> Sequence[Packed]:
+    def decode(self, streams: Sequence[memoryview], sizes: Sequence[int]) -> Sequence[Bytes]:
         """Each stream's bytes, exactly `sizes` of them.
 
         Raises:
@@ -55,11 +56,11 @@ class PlanesCodec:
     def __init__(self, name: str, format_: Format, coder: StreamCoder) -> None:
         self.name, self.format, self._coder = name, format_, coder
 
-    def pack_frame(self, frame: memoryview, element: ElementType) -> Packed | None:
+    def pack_frame(self, frame: memoryview, element: ElementType) -> Bytes | None:
         """See `Codec`."""
         planes = split(frame, element)
         worth = [len(plane) > 0 and entropy_bits(plane) < WORTH_BITS for plane in planes]
-        streams: list[Packed] = []
+        streams: list[Bytes] = []
         for start in range(0, len(planes[0]), STREAM_BYTES):
             for plane, is_worth in zip(planes, worth, strict=True):
                 streams.append(self._pack_stream(plane[start : start + STREAM_BYTES], is_worth))
@@ -80,7 +81,7 @@ class PlanesCodec:
         streams = list(_cut(packed, sizes, tail_bytes))
         coded = [index for index, stream in enumerate(streams) if len(stream) not in (1, sizes[index])]
         decoded = self._coder.decode([streams[index] for index in coded], [sizes[index] for index in coded])
-        plains: list[Packed] = [*streams]
+        plains: list[Bytes] = [*streams]
         for index, plain in zip(coded, decoded, strict=True):
             plains[index] = plain
         elements = np.frombuffer(out, np.uint8)
@@ -90,7 +91,7 @@ class PlanesCodec:
             join(planes, element, elements[start : start + size * num_planes])
         out[num_elements * num_planes :] = packed[len(packed) - tail_bytes :]
 
-    def _pack_stream(self, plain: Plane, is_worth: bool) -> Packed:
+    def _pack_stream(self, plain: Plane, is_worth: bool) -> Bytes:
         if (plain == plain[0]).all():
             return plain[:1].tobytes()
         coded = self._coder.encode(plain) if is_worth else b""
@@ -155,6 +156,6 @@ def _cut(packed: memoryview, sizes: Sequence[int], tail_bytes: int) -> Iterator[
         raise ValueError(f"its streams end at byte {at}, its tail begins at {last}")
 
 
-def _plane(plain: Packed, size: int) -> Plane:
+def _plane(plain: Bytes, size: int) -> Plane:
     octets = np.frombuffer(plain, np.uint8)
     return octets if len(octets) == size else np.full(size, octets[0])

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from rekindle.store.codecs.entropy import huffman_only
-from rekindle.store.codecs.interface import CodecUnavailable, Packed
+from rekindle.store.codecs.interface import CodecUnavailable
 from rekindle.store.codecs.planes import Plane
+from rekindle.store.safetensors_file import Bytes
 
 PATHS = {"iaa": 1, "software": 2}
 """Where the library decodes."""
@@ -65,11 +66,11 @@ class QplStreams:
         """See `StreamCoder`."""
         return huffman_only(stream)
 
-    def decode(self, streams: Sequence[memoryview], sizes: Sequence[int]) -> Sequence[Packed]:
+    def decode(self, streams: Sequence[memoryview], sizes: Sequence[int]) -> Sequence[Bytes]:
         """See `StreamCoder`."""
         return [self._decode(stream, size) for stream, size in zip(streams, sizes, strict=True)]
 
-    def _decode(self, stream: memoryview, size: int) -> Packed:
+    def _decode(self, stream: memoryview, size: int) -> Bytes:
         source, out = np.frombuffer(stream, np.uint8), np.empty(size, np.uint8)
         job = self._job()
         job.operation, job.flags, job.numa_id = _OPERATION_DECOMPRESS, _FIRST | _LAST, _ANY_NODE
