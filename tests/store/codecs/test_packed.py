@@ -208,6 +208,7 @@ def resealed(buffer: bytearray, num_frames: int) -> bytearray:
         (11, 1, 99),  # element type
         (12, 4, 0),  # frame bytes
         (12, 4, 8 * MIB),
+        (12, 4, MIB + 4),
         (16, 8, 2**40),  # number of frames
         (24, 8, 10**15),  # bytes unpacked
         (32, 8, 0),  # bytes packed

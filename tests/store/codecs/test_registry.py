@@ -17,7 +17,6 @@ from rekindle.store.codecs.registry import codec_for, codec_named, probe, probed
 from rekindle.store.safetensors_file import Bytes
 
 ALWAYS = {"raw", "planes-deflate/zlib"}
-FORGETFUL = "unsigned char"
 
 
 class _Forgetful(RawCodec):

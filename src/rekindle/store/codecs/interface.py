@@ -17,7 +17,8 @@ FRAME_BYTES = 2 * MIB
 """Large enough that a frame's table entry and its turn in a thread pool cost nothing beside its decoding (0.5 ms);
 small enough that two threads share an adapter of a few MiB evenly and that a frame and its planes fit the caches."""
 
-MIN_FRAME_BYTES, MAX_FRAME_BYTES = 1 * MIB, 4 * MIB
+FRAME_SIZES = (1 * MIB, 2 * MIB, 3 * MIB, 4 * MIB)
+"""That a packed object may have; all are whole elements and whole streams."""
 
 
 class Format(IntEnum):

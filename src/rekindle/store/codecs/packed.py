@@ -23,8 +23,7 @@ from typing import TypeVar
 from rekindle.errors import ConfigurationError, InternalError, PackedDamaged
 from rekindle.store.codecs.interface import (
     FRAME_BYTES,
-    MAX_FRAME_BYTES,
-    MIN_FRAME_BYTES,
+    FRAME_SIZES,
     Codec,
     ElementType,
     Format,
@@ -129,7 +128,7 @@ def pack_into(
     and cut it to the length returned.
     """
     whole, target = memoryview(data).cast("B"), memoryview(out).cast("B")
-    if not MIN_FRAME_BYTES <= frame_bytes <= MAX_FRAME_BYTES or frame_bytes % MIN_FRAME_BYTES:
+    if frame_bytes not in FRAME_SIZES:
         raise InternalError(f"frames of {frame_bytes} bytes were asked for; 1 to 4 whole MiB are supported")
     if len(target) < packed_bound(len(whole), frame_bytes):
         raise InternalError(
@@ -177,7 +176,7 @@ def open_packed(buffer: Bytes) -> PackedObject:
         raise _damaged("its header and table do not match their checksum")
     if format_ not in set(Format) or element not in set(ElementType):
         raise _damaged(f"format {format_} of element type {element} is not known")
-    if not MIN_FRAME_BYTES <= frame_bytes <= MAX_FRAME_BYTES or num_frames != -(-num_bytes // frame_bytes):
+    if frame_bytes not in FRAME_SIZES or num_frames != -(-num_bytes // frame_bytes):
         raise _damaged(f"{num_frames} frames of {frame_bytes} bytes do not hold {num_bytes}")
     frames = tuple(_checked_frames(view, frame_bytes, num_frames, num_bytes))
     return PackedObject(Format(format_), ElementType(element), frame_bytes, num_bytes, frames, view)

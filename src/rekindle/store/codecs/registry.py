@@ -15,10 +15,13 @@ import numpy as np
 from rekindle.errors import ConfigurationError
 from rekindle.store.codecs.entropy import NativeDeflate, ZstdStreams, isal_streams, zlib_streams
 from rekindle.store.codecs.general import BloscCodec, Lz4Codec, RawCodec, ZstdCodec
-from rekindle.store.codecs.interface import MIN_FRAME_BYTES, Codec, CodecUnavailable, ElementType, Format
+from rekindle.store.codecs.interface import FRAME_BYTES, Codec, CodecUnavailable, ElementType, Format
 from rekindle.store.codecs.nvcomp import NvcompStreams
 from rekindle.store.codecs.packed import open_packed, pack_into, packed_bound
 from rekindle.store.codecs.planes import STREAM_BYTES, PlanesCodec, StreamCoder
+from rekindle.store.codecs.qpl import qpl_streams
+
+_Entry = tuple[str, Format, Callable[[], Codec]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ def _self_test(codec: Codec) -> None:
     draw = np.random.default_rng(7)
     weights = draw.normal(0, 0.02, STREAM_BYTES + 4097).astype("<f4")
     for element in ElementType:
-        for content in (weights.tobytes() + b"\x01\x02\x03", bytes(MIN_FRAME_BYTES + 1), draw.bytes(9)):
+        for content in (weights.tobytes() + b"\x01\x02\x03", bytes(FRAME_BYTES + 1), draw.bytes(9)):
             buffer = bytearray(packed_bound(len(content)))
             del buffer[pack_into(codec, content, element.name, buffer) :]
             out = bytearray(len(content))
@@ -100,8 +103,9 @@ def _probed(index: int) -> Probed:
     return probe(*_CODECS[index])
 
 
-def _inflating_planes(backend: str, streams: Callable[[], StreamCoder]) -> Codec:
-    return PlanesCodec(f"planes-deflate/{backend}", Format.DEFLATE_PLANES, streams())
+def _planes_deflate(backend: str, make_streams: Callable[[], StreamCoder]) -> _Entry:
+    name, format_ = f"planes-deflate/{backend}", Format.DEFLATE_PLANES
+    return name, format_, lambda: PlanesCodec(name, format_, make_streams())
 
 
 def _native_deflate() -> Codec:
@@ -112,19 +116,11 @@ def _native_deflate() -> Codec:
     return NativeDeflate(PlanesCodec("planes-deflate", Format.DEFLATE_PLANES, streams))
 
 
-def _qpl_streams(path: str) -> StreamCoder:
-    from rekindle.store.codecs.qpl import (
-        qpl_streams,
-    )  # runs as a program of its own too, which must not import it first
-
-    return qpl_streams(path)
-
-
 def _zstd_planes() -> Codec:
     return PlanesCodec("planes-zstd", Format.ZSTD_PLANES, ZstdStreams())
 
 
-_CODECS: Sequence[tuple[str, Format, Callable[[], Codec]]] = (
+_CODECS: Sequence[_Entry] = (
     ("raw", Format.RAW, RawCodec),
     ("lz4", Format.LZ4, Lz4Codec),
     ("zstd", Format.ZSTD, ZstdCodec),
@@ -132,17 +128,9 @@ _CODECS: Sequence[tuple[str, Format, Callable[[], Codec]]] = (
     ("blosc2-bitshuffle", Format.BLOSC2, partial(BloscCodec, "bitshuffle")),
     ("planes-zstd", Format.ZSTD_PLANES, _zstd_planes),
     ("planes-deflate/native", Format.DEFLATE_PLANES, _native_deflate),
-    (
-        "planes-deflate/qpl-iaa",
-        Format.DEFLATE_PLANES,
-        partial(_inflating_planes, "qpl-iaa", partial(_qpl_streams, "iaa")),
-    ),
-    ("planes-deflate/isal", Format.DEFLATE_PLANES, partial(_inflating_planes, "isal", isal_streams)),
-    (
-        "planes-deflate/qpl-software",
-        Format.DEFLATE_PLANES,
-        partial(_inflating_planes, "qpl-software", partial(_qpl_streams, "software")),
-    ),
-    ("planes-deflate/zlib", Format.DEFLATE_PLANES, partial(_inflating_planes, "zlib", zlib_streams)),
-    ("planes-deflate/nvcomp", Format.DEFLATE_PLANES, partial(_inflating_planes, "nvcomp", NvcompStreams)),
+    _planes_deflate("qpl-iaa", partial(qpl_streams, "iaa")),
+    _planes_deflate("isal", isal_streams),
+    _planes_deflate("qpl-software", partial(qpl_streams, "software")),
+    _planes_deflate("zlib", zlib_streams),
+    _planes_deflate("nvcomp", NvcompStreams),
 )
