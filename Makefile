@@ -9,7 +9,8 @@ CACHE := .cache
 DEMO_GGUF := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 DEMO_MODEL := smollm2-135m
 DEMO_ADAPTERS := $(notdir $(wildcard demo/adapters/*))
-PACKAGE := pyproject.toml setup.py $(wildcard src/rekindle/engine/kernels/native/*.cpp src/rekindle/engine/kernels/native/*.h)
+NATIVE := src/rekindle/engine/kernels/native src/rekindle/store/codecs/native
+PACKAGE := pyproject.toml setup.py $(wildcard $(NATIVE:=/*.cpp) $(NATIVE:=/*.h))
 
 GPU_PYTHON ?= python3
 

@@ -1,9 +1,10 @@
-"""Builds the native CPU kernels, one library per instruction set; everything else is in pyproject.toml.
+"""Builds the native CPU kernels, one library per instruction set, and that of packed weights' byte planes; everything
+else is in pyproject.toml.
 
-The libraries are plain shared objects that `rekindle.engine.kernels.native_kernels` loads with ctypes, the best one
-that the CPU supports. Each is optional: without a compiler, or with one too old for an instruction set, the package
-installs and works without that library. None is linked against an OpenMP runtime, because the process must use the one
-that torch brings.
+The libraries are plain shared objects that `rekindle.engine.kernels.native_kernels` and
+`rekindle.store.codecs.native_planes` load with ctypes, of the kernels the best one that the CPU supports. Each is
+optional: without a compiler, or with one too old for an instruction set, the package installs and works without that
+library. None is linked against an OpenMP runtime, because the process must use the one that torch brings.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {"baseline": ()}
 if platform.machine() in {"x86_64", "AMD64"}:
     VARIANTS |= {"avx2": AVX2, "avx512": AVX512, "avx512bf16": (*AVX512, "-mavx512bf16")}
 
+PLANES = "src/rekindle/store/codecs/native"
+PLANES_FLAGS = ("-std=c++17", "-O3", "-g0", "-fvisibility=hidden")  # as fast with AVX2, so there is one for all CPUs
+
 
 class BuildVariants(build_ext):
     """Gives each library its own folder of objects, since all are compiled from the same sources."""
@@ -61,5 +65,15 @@ setup(
             optional=True,
         )
         for name, flags in VARIANTS.items()
+    ]
+    + [
+        Extension(
+            "rekindle.store.codecs.native._planes",
+            sources=[f"{PLANES}/{source}.cpp" for source in ("decode", "encode", "frame", "planes")],
+            depends=[f"{PLANES}/{header}.h" for header in ("huffman", "planes")],
+            extra_compile_args=[*PLANES_FLAGS],
+            language="c++",
+            optional=True,
+        )
     ],
 )

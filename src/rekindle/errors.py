@@ -14,7 +14,8 @@ RekindleError
 ├── ConfigurationError        fix the settings or the machine
 └── InternalError             report a bug
     ├── EngineFailed            the engine could not carry out this request
-    └── StreamBroken            chunks arrived with a gap or out of order
+    ├── StreamBroken            chunks arrived with a gap or out of order
+    └── PackedDamaged           packed bytes in memory are not what was packed
 
 A message says what was wrong, the value met, the limit and the remedy.
 """
@@ -89,3 +90,7 @@ class EngineFailed(InternalError):
 
 class StreamBroken(InternalError):
     """Chunks of one request arrived with a gap, or belong to another epoch."""
+
+
+class PackedDamaged(InternalError):
+    """A packed object is cut off, torn or altered, or its frames do not decode; the original must be loaded again."""

@@ -1,4 +1,4 @@
-"""`rekindle bench`: measure engines on this machine. Each kind of measurement is a module of its own."""
+"""`rekindle bench`: measure on this machine. Each kind of measurement is a module of its own."""
 
 from __future__ import annotations
 
@@ -13,5 +13,12 @@ def lora(arguments: argparse.Namespace) -> int:
     os.environ.update({**ENVIRONMENT, **os.environ})
     # Not at the top: it loads PyTorch, whose threads read the environment once, and this is to be an engine's.
     from rekindle.cli.bench_lora import measure
+
+    return measure(arguments)
+
+
+def codecs(arguments: argparse.Namespace) -> int:
+    """Measure the codecs of packed weights."""
+    from rekindle.cli.bench_codecs import measure  # loads numpy, which no other command line needs
 
     return measure(arguments)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import msgspec
 
 from rekindle import config
 from rekindle.bench.cost import measure_cost
@@ -25,6 +21,7 @@ from rekindle.bench.thrash import measure_thrash
 from rekindle.catalog.catalog import Catalog
 from rekindle.catalog.records import ModelRecord
 from rekindle.cli.engines import engine_settings
+from rekindle.cli.reports import check_writable, say, write_report
 from rekindle.cli.settings import Settings, home_directory
 from rekindle.cli.tables import print_table
 from rekindle.errors import ConfigurationError, InvalidRequest
@@ -40,7 +37,7 @@ def measure(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         require_matplotlib()
     if arguments.json is not None:
-        _check_writable(arguments.json)
+        check_writable(arguments.json)
     choices = _choices(arguments)
     engine = config.load(Settings, None, arguments.overrides).engine
     home = Home(home_directory(arguments.home))
@@ -52,8 +49,7 @@ def measure(arguments: argparse.Namespace) -> int:
             adapters.num_elements(1, choices.targets)  # refuses targets that the model lacks, before anything is made
             report = _measure(record, settings, adapters, choices, arguments.only)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(msgspec.to_builtins(report), indent=1) + "\n")
-        print(f"written: {arguments.json}")
+        write_report(arguments.json, report)
     if arguments.plot is not None:
         for path in draw_plots(report, arguments.plot):
             print(f"drawn: {path}")
@@ -81,7 +77,7 @@ def _measure(
         f"{record.name} in {settings.dtype} on {settings.num_threads} threads of {hardware.cpu}, which read "
         f"{hardware.read_bytes_s / 1e9:.1f} GB/s"
     )
-    bench = Bench(settings, adapters, hardware, choices, settings.memory_bytes, _say)
+    bench = Bench(settings, adapters, hardware, choices, settings.memory_bytes, say)
     for name, measured in (
         ("cost", lambda: {"cost": tuple(measure_cost(bench))}),
         ("thrash", lambda: {"thrash": measure_thrash(bench)}),
@@ -90,7 +86,7 @@ def _measure(
     ):
         if name in only:
             report = replace(report, **measured())
-            _say("")
+            say("")
             table = tables(report)[-1]
             print(f"\n{table.title}")
             print_table(table.header, table.rows)
@@ -120,17 +116,3 @@ def _model(records: list[ModelRecord], name: str | None) -> ModelRecord:
     if not records:
         raise ConfigurationError("no model has been imported; run `rekindle models add PATH --name NAME` first")
     raise InvalidRequest(f"name the model with --model; imported: {known}", field="model")
-
-
-def _check_writable(path: Path) -> None:
-    """Minutes of measuring shall not end at a file that cannot be written."""
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise ConfigurationError(f"--json {path} cannot be written: {error.strerror}") from error
-
-
-def _say(what: str) -> None:
-    """Progress, on a terminal only."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)

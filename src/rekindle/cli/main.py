@@ -98,9 +98,14 @@ def _add_adapters(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    bench = commands.add_parser("bench", help="measure an engine on this machine").add_subparsers(
+    bench = commands.add_parser("bench", help="measure on this machine").add_subparsers(
         title="commands", metavar="COMMAND", required=True
     )
+    _add_bench_lora(bench)
+    _add_bench_codecs(bench)
+
+
+def _add_bench_lora(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     lora = _command(bench, "lora", "measure what adapters cost an engine, without HTTP", "rekindle.cli.bench", "lora")
     lora.add_argument("--model", metavar="NAME", help="the base model (default: the only one there is)")
     lora.add_argument(
@@ -130,6 +135,19 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     lora.add_argument("--json", type=Path, metavar="FILE", help="write all figures to a file")
     lora.add_argument("--plot", type=Path, metavar="DIR", help="draw pictures into a directory; needs matplotlib")
+
+
+def _add_bench_codecs(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    codecs = _command(
+        bench, "codecs", "measure how well and how fast weights are packed", "rekindle.cli.bench", "codecs"
+    )
+    codecs.add_argument(
+        "--data", type=Path, nargs="+", default=[], metavar="FILE",
+        help="safetensors files to pack (default: the adapters of the home, and its models in F16 and F32)",
+    )  # fmt: skip
+    codecs.add_argument("--size", default="64MiB", metavar="SIZE", help="how much of each dtype (default: 64MiB)")
+    codecs.add_argument("--threads", type=int, metavar="N", help="threads that pack and unpack (default: every core)")
+    codecs.add_argument("--json", type=Path, metavar="FILE", help="write all figures to a file")
 
 
 def _command(
