@@ -17,7 +17,7 @@ import pytest
 from rekindle.catalog.records import ModelRecord
 from rekindle.cli import main
 from rekindle.cli.engines import engine_settings
-from rekindle.cli.serve import RekindleServer, _by_content
+from rekindle.cli.server import RekindleServer, _by_content
 from rekindle.cli.settings import EngineOptions, ServerSettings, Settings
 from rekindle.config import Bytes
 from rekindle.errors import ConfigurationError

@@ -24,13 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parsed = make_parser().parse_args(arguments)
     try:
-        module = importlib.import_module(parsed.module)
+        return int(getattr(importlib.import_module(parsed.module), parsed.function)(parsed))
     except ModuleNotFoundError as error:
         extra = "serve" if parsed.module.endswith(".serve") else "import"
         print(f"rekindle: this command needs {error.name}: pip install 'rekindle[{extra}]'", file=sys.stderr)
         return 1
-    try:
-        return int(getattr(module, parsed.function)(parsed))
     except RekindleError as error:
         print(f"rekindle: {error}", file=sys.stderr)
         return 1

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
+import subprocess
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from types import TracebackType
+from typing import Protocol, Self
 
 from rekindle.engine.environment import ENVIRONMENT
 from rekindle.errors import InternalError
-
-_STDERR = 2
 
 
 class LaunchFailed(InternalError):
@@ -40,47 +39,60 @@ class ChildProcess(Protocol):
         ...
 
 
+class BegunHelper:
+    """A helper process, `command --fd N` where N is its end of a socket, begun before there need be an event loop.
+
+    As a context it sees to it that none is left behind, whoever has talked to it meanwhile.
+
+    Raises:
+        LaunchFailed: it cannot be run.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control.setblocking(False)
+        with theirs:
+            try:
+                self.process = subprocess.Popen(
+                    (*command, "--fd", str(theirs.fileno())),
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    start_new_session=True,
+                    env={**ENVIRONMENT, **os.environ},
+                )
+            except OSError as error:
+                self.control.close()
+                raise LaunchFailed(f"{command[0]} could not be started: {error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.control.close()
+        self.process.kill()
+        self.process.wait()
+
+
 class Helper:
-    """A helper process, started by `start`; `close` must be awaited in the end. All methods belong to one event loop.
+    """A helper process at work; `close` must be awaited in the end. All methods belong to one event loop.
 
     Every message it sends is given to `heed`; `lost` is called once, when it has died or is closed.
     """
 
     def __init__(
         self,
-        process: ChildProcess,
-        control: socket.socket,
+        begun: BegunHelper,
         max_message_bytes: int,
         heed: Callable[[bytes, list[int]], None],
         lost: Callable[[], None],
     ) -> None:
-        self._process, self._control, self._max_message_bytes = process, control, max_message_bytes
+        self._process, self._control, self._max_message_bytes = begun.process, begun.control, max_message_bytes
         self._heed, self._lost = heed, lost
         self.is_lost = False
-        asyncio.get_running_loop().add_reader(control, self._read)
-
-    @classmethod
-    async def start(
-        cls,
-        command: Sequence[str],
-        max_message_bytes: int,
-        heed: Callable[[bytes, list[int]], None],
-        lost: Callable[[], None],
-    ) -> Helper:
-        """Run `command --fd N`, where N is its end of the socket.
-
-        Raises:
-            LaunchFailed: it cannot be run.
-        """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        with theirs:
-            try:
-                process = await run_command((*command, "--fd", str(theirs.fileno())), [theirs.fileno()], _STDERR)
-            except BaseException:
-                ours.close()
-                raise
-        return cls(process, ours, max_message_bytes, heed, lost)
+        asyncio.get_running_loop().add_reader(self._control, self._read)
 
     def send(self, message: bytes, descriptors: Sequence[int] = ()) -> None:
         """Say something; descriptors are copied.
@@ -96,9 +108,8 @@ class Helper:
     async def close(self) -> None:
         """End the process."""
         self.give_up()
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._process.wait()
+        self._process.kill()
+        await asyncio.to_thread(self._process.wait)
 
     def give_up(self) -> None:
         """Take the process for lost."""

@@ -11,7 +11,7 @@ import sys
 
 import msgspec
 
-from rekindle.fleet.control import Helper, LaunchFailed
+from rekindle.fleet.control import BegunHelper, Helper, LaunchFailed
 from rekindle.protocol.tiers import MAX_MESSAGE_BYTES, AskSnapshot, Attach, Reply, Snapshot
 
 _COMMAND = (sys.executable, "-m", "rekindle.store.node")
@@ -79,7 +79,8 @@ class HostMemoryNode:
             self._snapshots = asyncio.Queue()
             command = (*_COMMAND, "--budget-bytes", str(self._budget_bytes))
             queue = self._snapshots
-            self._helper = await Helper.start(command, MAX_MESSAGE_BYTES, self._heed, lambda: queue.put_nowait(None))
+            begun = BegunHelper(command)
+            self._helper = Helper(begun, MAX_MESSAGE_BYTES, self._heed, lambda: queue.put_nowait(None))
         return self._helper
 
     def _heed(self, message: bytes, descriptors: list[int]) -> None:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import msgspec
 
-from rekindle.fleet.control import ChildProcess, Helper, LaunchFailed, run_command
+from rekindle.fleet.control import BegunHelper, ChildProcess, Helper, LaunchFailed, run_command
 from rekindle.fleet.host_memory import HostMemoryNode
 from rekindle.protocol.template import MAX_MESSAGE_BYTES, Answer, Ended, Forked, Ready
 
@@ -51,14 +51,19 @@ class CommandLauncher:
 
 
 class TemplateLauncher:
-    """Forks engines off one template process, which is started when the first engine is, and again should it die. With
-    a `node`, engines share memory through it.
+    """Forks engines off one template process, which is started when the first engine is unless it was `begun` before,
+    and again should it die. With a `node`, engines share memory through it.
 
     All methods belong to one event loop. `close` must be awaited in the end; engines live on.
     """
 
-    def __init__(self, command: Sequence[str] = TEMPLATE_COMMAND, node: HostMemoryNode | None = None) -> None:
-        self._command, self._node = tuple(command), node
+    def __init__(
+        self,
+        command: Sequence[str] = TEMPLATE_COMMAND,
+        node: HostMemoryNode | None = None,
+        begun: BegunHelper | None = None,
+    ) -> None:
+        self._command, self._node, self._begun = tuple(command), node, begun
         self._lock = asyncio.Lock()
         self._template: _Template | None = None
 
@@ -66,7 +71,8 @@ class TemplateLauncher:
         async with self._lock:
             if self._template is None or self._template.is_lost:
                 await self._drop()
-                self._template = await _Template.start(self._command)
+                begun, self._begun = self._begun or BegunHelper(self._command), None
+                self._template = await _Template.start(begun)
             tier = None if self._node is None else await self._node.connect()
             try:
                 return await self._template.fork([connection.fileno(), log, *([] if tier is None else [tier.fileno()])])
@@ -95,9 +101,9 @@ class _Template:
         self.is_lost = False
 
     @classmethod
-    async def start(cls, command: Sequence[str]) -> _Template:
+    async def start(cls, begun: BegunHelper) -> _Template:
         template = cls()
-        template._helper = await Helper.start(command, MAX_MESSAGE_BYTES, template._heed, template._note_loss)
+        template._helper = Helper(begun, MAX_MESSAGE_BYTES, template._heed, template._note_loss)
         try:
             await template._answer(_START_S)
         except BaseException:
