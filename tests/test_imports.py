@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"store", "catalog", "protocol"},
     "fleet": {"engine", "store", "catalog", "protocol"},
     "gateway": {"fleet", "engine", "store", "catalog", "protocol"},
-    "bench": {"engine", "store", "protocol"},
+    "bench": {"fleet", "engine", "store", "protocol"},
     "cli": {"bench", "gateway", "fleet", "engine", "store", "catalog", "protocol"},
     "testing": {"fleet", "engine", "store", "protocol"},
     "__main__": {"cli"},

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rekindle.bench.coldstart import ColdStarts, waterfall
 from rekindle.bench.cost import CostCell
 from rekindle.bench.loads import Loads
 from rekindle.bench.ranks import RankCell
@@ -47,7 +48,19 @@ def draw_plots(report: Report, directory: Path) -> list[Path]:
     return drawn
 
 
+def draw_waterfall(measured: ColdStarts, title: str, directory: Path) -> Path:
+    """Write a PNG of the parts of cold starts, one after the other; returns its path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return _paint(directory / "coldstart.png", title, _waterfall(measured))
+
+
 def _draw(path: Path, report: Report, paint: Callable[[Axes], None]) -> Path:
+    hardware = report.hardware
+    engine = f"{report.model}, {report.engine.dtype}, {report.engine.num_threads} threads"
+    return _paint(path, f"{engine}, {hardware.cpu}; {hardware.measured_at}", paint)
+
+
+def _paint(path: Path, caption: str, paint: Callable[[Axes], None]) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -56,14 +69,30 @@ def _draw(path: Path, report: Report, paint: Callable[[Axes], None]) -> Path:
     axes = figure.subplots()
     paint(axes)
     axes.grid(alpha=0.3)
-    hardware = report.hardware
-    figure.supxlabel(
-        f"{report.model}, {report.engine.dtype}, {report.engine.num_threads} threads, {hardware.cpu}; "
-        f"{hardware.measured_at}",
-        fontsize=7, color="0.4",
-    )  # fmt: skip
+    figure.supxlabel(caption, fontsize=7, color="0.4")
     figure.savefig(path, dpi=_DPI)
     return path
+
+
+def _waterfall(measured: ColdStarts) -> Callable[[Axes], None]:
+    def paint(axes: Axes) -> None:
+        cases = waterfall(measured)
+        names = list(dict.fromkeys(name for _, bars in cases for name, _, _ in bars))
+        colors = {name: f"C{index}" for index, name in enumerate(names)}
+        for row, (_, bars) in enumerate(cases):
+            for name, begin_s, length_s in bars:
+                axes.barh(row, 1e3 * length_s, left=1e3 * begin_s, color=colors[name], height=0.6)
+            _, begin_s, length_s = bars[-1]
+            axes.annotate(f" {1e3 * (begin_s + length_s):.0f} ms", (1e3 * (begin_s + length_s), row), va="center")
+        for name in names:
+            axes.barh(0, 0, color=colors[name], label=name)
+        axes.set_yticks(range(len(cases)), [case for case, _ in cases])
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set(xlabel="ms from the request", title="From a request to a sleeping model to its first token")
+        axes.legend()
+
+    return paint
 
 
 def _cost(cells: tuple[CostCell, ...]) -> Callable[[Axes], None]:
@@ -143,7 +172,7 @@ def _ranks(cells: tuple[RankCell, ...]) -> Callable[[Axes], None]:
         for place, cell in enumerate(cells):
             if cell.ranks:
                 goal_ms = 1e3 * cell.goal_decode_s
-                axes.hlines(goal_ms, place - 0.3, place + 0.3, "k", ls="--", label="goal" if place == 1 else None)
+                axes.hlines(goal_ms, place - 0.3, place + 0.3, "k", ls="--", label="goal" if place == 1 else "")
         axes.set(xlabel="ranks in the batch, one sequence each", ylabel="decode step, ms", title="Ranks in one process")
         axes.set_ylim(top=axes.get_ylim()[1] * _TOP)
         axes.legend()

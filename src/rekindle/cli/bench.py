@@ -17,6 +17,13 @@ def lora(arguments: argparse.Namespace) -> int:
     return measure(arguments)
 
 
+def coldstart(arguments: argparse.Namespace) -> int:
+    """Measure how long a model without an engine takes to its first token."""
+    from rekindle.cli.bench_coldstart import measure  # loads PyTorch
+
+    return measure(arguments)
+
+
 def codecs(arguments: argparse.Namespace) -> int:
     """Measure the codecs of packed weights."""
     from rekindle.cli.bench_codecs import measure  # loads numpy, which no other command line needs

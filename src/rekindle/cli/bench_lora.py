@@ -42,7 +42,7 @@ def measure(arguments: argparse.Namespace) -> int:
     engine = config.load(Settings, None, arguments.overrides).engine
     home = Home(home_directory(arguments.home))
     with Catalog.open(home) as catalog, home.using():
-        record = _model(catalog.models(), arguments.model)
+        record = model_named(catalog.models(), arguments.model)
         [settings] = engine_settings(engine, [record])
         with tempfile.TemporaryDirectory(prefix="rekindle-bench-") as directory:
             adapters = RandomAdapters(Path(directory), record.manifest, record.path)
@@ -106,7 +106,8 @@ def _choices(arguments: argparse.Namespace) -> Choices:
     )
 
 
-def _model(records: list[ModelRecord], name: str | None) -> ModelRecord:
+def model_named(records: list[ModelRecord], name: str | None) -> ModelRecord:
+    """The model of that name, or the only one there is."""
     known = ", ".join(record.name for record in records)
     if name is None and len(records) == 1:
         return records[0]

@@ -100,6 +100,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         title="commands", metavar="COMMAND", required=True
     )
     _add_bench_lora(bench)
+    _add_bench_coldstart(bench)
     _add_bench_codecs(bench)
 
 
@@ -133,6 +134,20 @@ def _add_bench_lora(bench: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )  # fmt: skip
     lora.add_argument("--json", type=Path, metavar="FILE", help="write all figures to a file")
     lora.add_argument("--plot", type=Path, metavar="DIR", help="draw pictures into a directory; needs matplotlib")
+
+
+def _add_bench_coldstart(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    coldstart = _command(
+        bench, "coldstart", "measure a sleeping model's way to its first token", "rekindle.cli.bench", "coldstart"
+    )
+    coldstart.add_argument("--model", metavar="NAME", help="the base model (default: the only one there is)")
+    coldstart.add_argument("--repetitions", type=int, default=5, metavar="N", help="rounds (default: 5)")
+    coldstart.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override one setting of the engine, such as engine.threads=4; may be repeated",
+    )  # fmt: skip
+    coldstart.add_argument("--json", type=Path, metavar="FILE", help="write all figures to a file")
+    coldstart.add_argument("--plot", type=Path, metavar="DIR", help="draw a picture into a directory; needs matplotlib")
 
 
 def _add_bench_codecs(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
