@@ -6,6 +6,7 @@ import asyncio
 import mmap
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -21,7 +22,7 @@ from rekindle.fleet.host_memory import HostMemoryNode
 from rekindle.fleet.launch import TemplateLauncher
 from rekindle.fleet.replica import Replica
 from rekindle.protocol.replica import EngineSettings
-from rekindle.protocol.tiers import AskSnapshot, Attach
+from rekindle.protocol.tiers import AskSnapshot, Attach, Lease
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
 from rekindle.store.tier_client import TierClient
@@ -64,7 +65,7 @@ def filled(value: int, calls: list[int]) -> Callable[[torch.Tensor], None]:
 
 async def make(tier: TierClient, calls: list[int], sizes: tuple[int, ...] = (10, 5000)) -> list[torch.Tensor]:
     def work() -> list[torch.Tensor]:
-        arena = SharedArena(tier, "weights", MIB)
+        arena = SharedArena(tier, "weights", "BF16", 64 * MIB, SystemClock())
         try:
             tensors = [arena.take(size, torch.int32, filled(size, calls)) for size in sizes]
             arena.publish()
@@ -137,6 +138,77 @@ async def until_idle(memory: HostMemoryNode, num_objects: int) -> None:
             if len(objects) == num_objects and not any(it.num_leases for it in objects):
                 return
             await asyncio.sleep(0.01)
+
+
+def noisy(tensor: torch.Tensor) -> None:
+    """Weights as trained ones are: exponents of few kinds, random mantissas."""
+    draw = torch.Generator().manual_seed(1)
+    tensor.copy_(torch.randn(2 * len(tensor), generator=draw).mul(0.02).bfloat16().view(torch.int32))
+
+
+async def make_noisy(tier: TierClient, num_elements: int, calls: list[int]) -> torch.Tensor:
+    def fill(tensor: torch.Tensor) -> None:
+        calls.append(1)
+        time.sleep(0.5)  # what is quickly made again is not worth packing
+        noisy(tensor)
+
+    def work() -> torch.Tensor:
+        arena = SharedArena(tier, "noisy", "BF16", 64 * MIB, SystemClock())
+        try:
+            made = arena.take(num_elements, torch.int32, fill)
+            arena.publish()
+            return made
+        finally:
+            arena.close()
+
+    return await asyncio.to_thread(work)
+
+
+async def test_what_is_idle_beyond_the_budget_is_packed_and_comes_back_to_the_bit() -> None:
+    pytest.importorskip("xxhash")
+    num_elements = 3 * MIB + 1000
+    async with node(budget_bytes=10 * MIB) as memory:
+        tier, calls = await client(memory), []
+        expected = (await make_noisy(tier, num_elements, calls)).clone()
+        assert len((await memory.snapshot()).objects) == 1
+        tier.close()
+        await until_packed(memory)
+        [packed] = (await memory.snapshot()).objects
+        assert 0.6 < packed.kept_bytes / packed.num_bytes < 0.75
+        assert any("planes" in reason for reason in packed.reasons)
+        holders = [await client(memory) for _ in range(3)]
+        for found in await asyncio.gather(*(make_noisy(holder, num_elements, calls) for holder in holders)):
+            assert torch.equal(found, expected)
+        assert calls == [1]
+        snapshot = await memory.snapshot()
+        assert (snapshot.packs_total, snapshot.unpacks_total) == (1, 1)
+        for holder in holders:
+            holder.close()
+        await until_packed(memory)
+
+
+async def until_packed(memory: HostMemoryNode) -> None:
+    async with asyncio.timeout(60):
+        while not all(it.is_packed for it in (await memory.snapshot()).objects):
+            await asyncio.sleep(0.01)
+
+
+async def test_a_holder_that_leaves_while_its_object_is_unpacked_leaves_no_lease() -> None:
+    pytest.importorskip("xxhash")
+    async with node(budget_bytes=10 * MIB) as memory:
+        tier = await client(memory)
+        await make_noisy(tier, 3 * MIB, [])
+        tier.close()
+        await until_packed(memory)
+        for _ in range(3):
+            impatient = await memory.connect()
+            impatient.send(msgspec.msgpack.encode(Lease("noisy")))
+            impatient.close()
+            await until_packed(memory)
+            async with asyncio.timeout(60):
+                while any(it.num_leases for it in (await memory.snapshot()).objects):
+                    await asyncio.sleep(0.01)
+        assert (await make_noisy(await client(memory), 3 * MIB, [])).numel() == 3 * MIB
 
 
 async def test_an_object_laid_out_in_another_way_is_not_used() -> None:

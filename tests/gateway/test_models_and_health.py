@@ -92,7 +92,7 @@ def test_the_engines_figures_are_shown_under_vllms_names(server):
 
 
 async def _host_memory() -> Snapshot:
-    objects = (Resident("weights", 100, 2, 0.0), Resident("others", 30, 0, 5.0))
+    objects = (Resident("weights", 100, 100, 2, 0.0), Resident("others", 45, 30, 0, 5.0, True, ("worth it",)))
     return Snapshot(64, 30, objects, 7, 8, 9)
 
 
@@ -116,7 +116,9 @@ def test_host_memory_is_shown(server, start_server):
                 "resident_adapters": [],
             }
         ]
-        assert shown["host_memory"]["objects"][1] == {"name": "others", "num_bytes": 30, "num_leases": 0, "idle_s": 5.0}
+        other_object = shown["host_memory"]["objects"][1]
+        assert (other_object["num_bytes"], other_object["kept_bytes"], other_object["is_packed"]) == (45, 30, True)
+        assert other_object["reasons"] == ["worth it"]
 
 
 def test_the_engines_memory_loads_and_refusals_are_shown(server):

@@ -7,7 +7,6 @@ order.
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 from collections.abc import Callable
@@ -15,10 +14,12 @@ from typing import Protocol
 
 import torch
 
+from rekindle.clock import Clock
 from rekindle.errors import InternalError
+from rekindle.protocol.tiers import Publish
+from rekindle.store.anonymous_file import seal
 
 _ALIGNMENT = 4096
-_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | 0x10  # F_SEAL_FUTURE_WRITE, not in fcntl yet
 
 
 class Tier(Protocol):
@@ -26,7 +27,7 @@ class Tier(Protocol):
 
     def lease(self, name: str) -> tuple[int, int] | None: ...
 
-    def publish(self, name: str, descriptor: int, num_bytes: int) -> bool: ...
+    def publish(self, made: Publish, descriptor: int) -> bool: ...
 
 
 class Arena(Protocol):
@@ -56,12 +57,13 @@ class ArenaMismatch(InternalError):
 class SharedArena:
     """Memory that the tier keeps under `name`, or will when `publish` is called after the last tensor was taken.
 
-    `most_bytes` bounds what is made here; untouched memory costs nothing.
+    `most_bytes` bounds what is made here, of elements of `dtype`; untouched memory costs nothing.
     """
 
-    def __init__(self, tier: Tier, name: str, most_bytes: int) -> None:
-        self._tier, self._name = tier, name
+    def __init__(self, tier: Tier, name: str, dtype: str, most_bytes: int, clock: Clock) -> None:
+        self._tier, self._name, self._dtype, self._clock = tier, name, dtype, clock
         self._used = 0
+        self._started_s = clock.monotonic_s()
         found = tier.lease(name)
         self.is_found = found is not None
         if found is not None:
@@ -96,8 +98,9 @@ class SharedArena:
                 raise ArenaMismatch(f"{self._name} holds {self._num_bytes} bytes, but {self._used} were taken from it")
         elif self._used:
             os.ftruncate(self._descriptor, self._used)
-            fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, _SEALS)
-            self._tier.publish(self._name, self._descriptor, self._used)
+            seal(self._descriptor)
+            made_s = self._clock.monotonic_s() - self._started_s
+            self._tier.publish(Publish(self._name, self._used, self._dtype, made_s), self._descriptor)
 
     def close(self) -> None:
         """Close the descriptor; tensors live on."""

@@ -41,6 +41,7 @@ from rekindle.units import MIB, format_bytes
 _logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_STORED_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 CHECK_INTERVAL_S = 10.0
 """How far apart checks of the page accounts are at least: each takes time in proportion to the pool."""
 _MIN_PAGES = 4
@@ -245,7 +246,8 @@ def _decoder(
         return Decoder(arch, weights, kernels, context_tokens, clock)
     name = f"{settings.model.digest}/{settings.dtype}/{kernels.layout}"
     # No layout takes twice the room of the weights it is made of, but for the padding of small ones.
-    arena = SharedArena(tier, name, 2 * settings.model.num_parameters * weights.dtype.itemsize + _ARENA_MARGIN_BYTES)
+    most_bytes = 2 * settings.model.num_parameters * weights.dtype.itemsize + _ARENA_MARGIN_BYTES
+    arena = SharedArena(tier, name, _STORED_DTYPES[weights.dtype], most_bytes, clock)
     try:
         model = Decoder(arch, weights, kernels, context_tokens, clock, arena)
         arena.publish()

@@ -18,10 +18,13 @@ class Lease(msgspec.Struct, frozen=True, tag=True):
 
 
 class Publish(msgspec.Struct, frozen=True, tag=True):
-    """An object was made, in the memory that comes with this, and is leased by who made it."""
+    """An object was made, in the memory that comes with this, and is leased by who made it. Its elements are of
+    `dtype`, as safetensors names it; making it again would take `made_s`."""
 
     name: str
     num_bytes: int
+    dtype: str
+    made_s: float
 
 
 class AskSnapshot(msgspec.Struct, frozen=True, tag=True):
@@ -45,16 +48,21 @@ class Kept(msgspec.Struct, frozen=True, tag=True):
 
 
 class Resident(msgspec.Struct, frozen=True):
-    """An object in memory; `idle_s` is how long nobody has leased it, 0 while somebody does."""
+    """An object in memory, where it takes `kept_bytes` of its `num_bytes` if it is packed; `idle_s` is how long nobody
+    has leased it, 0 while somebody does. `reasons` say why it is packed, or is not to be, once that was considered."""
 
     name: str
     num_bytes: int
+    kept_bytes: int
     num_leases: int
     idle_s: float
+    is_packed: bool = False
+    reasons: tuple[str, ...] = ()
 
 
 class Snapshot(msgspec.Struct, frozen=True, tag=True):
-    """`idle_bytes` of objects that nobody leases are kept, at most `budget_bytes`; objects in use are their users'."""
+    """`idle_bytes` of objects that nobody leases are kept; what exceeds `budget_bytes` is being packed or goes. Objects
+    in use are their users'."""
 
     budget_bytes: int
     idle_bytes: int
@@ -62,6 +70,8 @@ class Snapshot(msgspec.Struct, frozen=True, tag=True):
     hits_total: int
     misses_total: int
     evictions_total: int
+    packs_total: int = 0
+    unpacks_total: int = 0
 
 
 Request = Attach | Lease | Publish | AskSnapshot

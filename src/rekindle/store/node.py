@@ -8,11 +8,17 @@ holder of leases is a connection, handed over with `Attach`; its leases end when
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import selectors
 import signal
 import socket
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from queue import SimpleQueue
+from typing import TypeVar
 
 import msgspec
 
@@ -29,18 +35,33 @@ from rekindle.protocol.tiers import (
     Reply,
     Request,
 )
-from rekindle.store.memory_tier import MemoryTier
+from rekindle.store.memory_tier import MemoryTier, TierObject
+from rekindle.store.packing import Packed, Packer
+
+T = TypeVar("T")
+_logger = logging.getLogger(__name__)
+
+_NUM_WORKERS = 4
+"""One packs; the others unpack as many objects at once."""
 
 
 class TierNode:
-    """Serves all connections in one thread: no request takes longer than its own message."""
+    """Serves all connections in one thread, in which no message takes longer than its own handling; what takes longer
+    is done by the packer in threads that tell when it is done."""
 
     def __init__(self, owner: socket.socket, budget_bytes: int, clock: Clock) -> None:
         self._owner = owner
         self._tier: MemoryTier[int] = MemoryTier(budget_bytes, clock, os.close)
         self._leases: dict[socket.socket, Counter[str]] = {}
+        self._waiting: defaultdict[str, list[socket.socket]] = defaultdict(list)
+        self._packer = Packer()
+        self._workers = ThreadPoolExecutor(_NUM_WORKERS)
+        self._done: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._wake, self._woken = socket.socketpair()
+        self._wake.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(owner, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
 
     def run(self) -> None:
         """Serve until the owner is gone."""
@@ -48,21 +69,22 @@ class TierNode:
             for key, _ in self._selector.select():
                 connection = key.fileobj
                 assert isinstance(connection, socket.socket)
-                if not self._serve(connection):
+                if connection is self._woken:
+                    self._finish_work()
+                elif not self._serve(connection):
                     if connection is self._owner:
                         return
                     self._part_with(connection)
+            self._fit()
 
     def _serve(self, connection: socket.socket) -> bool:
-        """Answer one message; False if the peer is gone, or does not speak as it should."""
+        """Act on one message; False if the peer is gone, or does not speak as it should."""
         descriptors: list[int] = []
         try:
             message, descriptors, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, 1)
             if not message:
                 return False
-            reply, memory = self._act(connection, msgspec.msgpack.decode(message, type=Request), descriptors)
-            if reply is not None:
-                socket.send_fds(connection, [msgspec.msgpack.encode(reply)], memory)
+            self._act(connection, msgspec.msgpack.decode(message, type=Request), descriptors)
         except (OSError, msgspec.MsgspecError):
             return False
         finally:
@@ -70,36 +92,98 @@ class TierNode:
                 os.close(descriptor)
         return True
 
-    def _act(
-        self, connection: socket.socket, request: Request, descriptors: list[int]
-    ) -> tuple[Reply | None, list[int]]:
-        """The reply, and the descriptors that go with it. What is kept of `descriptors` is taken out of it."""
+    def _act(self, connection: socket.socket, request: Request, descriptors: list[int]) -> None:
+        """What is kept of `descriptors` is taken out of it."""
         match request:
             case Attach() if connection is self._owner and descriptors:
                 holder = socket.socket(fileno=descriptors.pop())
+                holder.setblocking(False)
                 self._leases[holder] = Counter()
                 self._selector.register(holder, selectors.EVENT_READ)
-                return None, []
             case AskSnapshot():
-                return self._tier.snapshot(), []
+                _send(connection, self._tier.snapshot())
             case Lease(name) if connection in self._leases:
-                found = self._tier.lease(name)
-                if found is None:
-                    return Absent(), []
-                self._leases[connection][name] += 1
-                return Leased(found[1]), [found[0]]
-            case Publish(name, num_bytes) if connection in self._leases and descriptors:
-                is_first = self._tier.publish(name, descriptors[0], num_bytes)
+                self._lease(connection, name)
+            case Publish() if connection in self._leases and descriptors:
+                is_first = self._tier.publish(request, descriptors[0])
                 if is_first:
                     descriptors.pop()
-                    self._leases[connection][name] += 1
-                return Kept(is_first), []
-        raise msgspec.ValidationError(f"{type(request).__name__} is not for this connection to say")
+                    self._leases[connection][request.name] += 1
+                _send(connection, Kept(is_first))
+            case _:
+                raise msgspec.ValidationError(f"{type(request).__name__} is not for this connection to say")
+
+    def _lease(self, holder: socket.socket, name: str) -> None:
+        held = self._tier.find(name)
+        if held is None:
+            _send(holder, Absent())
+        elif held.is_packed:
+            self._waiting[name].append(holder)
+            if not held.is_moving:
+                held.is_moving = True
+                self._work(lambda: self._packer.unpack(held.handle, held.kept_bytes), partial(self._unpacked, held))
+        else:
+            held.num_leases += 1
+            self._leases[holder][name] += 1
+            _send(holder, Leased(held.made.num_bytes), held.handle)
+
+    def _fit(self) -> None:
+        held = self._tier.fit()
+        if held is not None:
+            # A copy of the descriptor, since the object may be leased and dropped before the thread looks at it.
+            copy = os.dup(held.handle)
+            self._work(lambda: self._packer.pack(copy, held.made), partial(self._packed, held, copy))
+
+    def _work(self, work: Callable[[], T], then: Callable[[T | Exception], None]) -> None:
+        """Call `work` in a thread and then, in this one, `then` with what it gave or raised."""
+
+        def run() -> None:
+            try:
+                result: T | Exception = work()
+            except Exception as error:
+                _logger.exception("an object of the host-memory tier could not be moved")
+                result = error
+            self._done.put(partial(then, result))
+            self._wake.send(b"1")
+
+        self._workers.submit(run)
+
+    def _finish_work(self) -> None:
+        self._woken.recv(4096)
+        while not self._done.empty():
+            self._done.get()()
+
+    def _packed(self, held: TierObject[int], copy: int, result: Packed | Exception) -> None:
+        os.close(copy)
+        match result:
+            case Packed(descriptor, num_bytes, reasons) if descriptor is not None:
+                self._tier.packed(held, descriptor, num_bytes, reasons)
+            case Packed(_, _, reasons):
+                self._tier.left_plain(held, reasons)
+            case error:
+                self._tier.left_plain(held, (f"packing failed: {error}",))
+
+    def _unpacked(self, held: TierObject[int], result: int | Exception) -> None:
+        name = held.made.name
+        holders = [holder for holder in self._waiting.pop(name, []) if holder in self._leases]
+        if isinstance(result, Exception):
+            self._tier.discard(held)
+        else:
+            self._tier.unpacked(held, result)
+        for holder in holders:
+            try:
+                self._lease(holder, name)
+            except OSError:
+                self._part_with(holder)
 
     def _part_with(self, holder: socket.socket) -> None:
         self._selector.unregister(holder)
         holder.close()
         self._tier.release(self._leases.pop(holder))
+
+
+def _send(connection: socket.socket, reply: Reply, *descriptors: int) -> None:
+    socket.send_fds(connection, [msgspec.msgpack.encode(reply)], descriptors)
 
 
 def main() -> None:
