@@ -24,10 +24,11 @@ from rekindle.protocol.models import ModelManifest
 from rekindle.store.adapter_binding import Binding, WholeMatrix, bind
 from rekindle.store.adapter_file import AdapterLayout, PlacedTensor, plan_layout
 from rekindle.store.adapter_source import AdapterSource, open_source
+from rekindle.store.checksums import write_checked_tensors
 from rekindle.store.home import Home
 from rekindle.store.model_source import NUMPY_DTYPES, Piece, SourceTensor, converted
 from rekindle.store.peft_config import EMBEDDING, HEAD, parse_peft_config
-from rekindle.store.safetensors_file import Bytes, TensorStream, tensor_index, write_tensors
+from rekindle.store.safetensors_file import Bytes, TensorStream, tensor_index
 from rekindle.store.source_files import TEMPLATE_NAME, file_tensor
 from rekindle.units import MIB
 
@@ -64,7 +65,7 @@ def import_adapter(source: Path, base: ModelManifest, base_dir: Path, home: Home
 
     home.require_free(sum(stream.num_bytes for stream in streams) + len(files.config) + len(template or b"") + MIB)
     with home.atomic_directory() as staging:
-        write_tensors(staging.path / ADAPTER_FILE_NAME, streams, metadata={"format": "pt"}, observe=observe)
+        write_checked_tensors(staging.path / ADAPTER_FILE_NAME, streams, metadata={"format": "pt"}, observe=observe)
         manifest = replace(manifest, digest=AdapterDigest(digest.hexdigest()))
         (staging.path / _CONFIG_NAME).write_bytes(files.config)
         (staging.path / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
