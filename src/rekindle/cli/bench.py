@@ -1,4 +1,4 @@
-"""`rekindle bench`: measure engines on this machine. Each kind of measurement is a module of its own."""
+"""`rekindle bench`: measure engines and loads on this machine. Each kind of measurement is a module of its own."""
 
 from __future__ import annotations
 
@@ -13,5 +13,13 @@ def lora(arguments: argparse.Namespace) -> int:
     os.environ.update({**ENVIRONMENT, **os.environ})
     # Not at the top: it loads PyTorch, whose threads read the environment once, and this is to be an engine's.
     from rekindle.cli.bench_lora import measure
+
+    return measure(arguments)
+
+
+def load(arguments: argparse.Namespace) -> int:
+    """Measure how fast weights come from the disk into memory."""
+    os.environ.update({**ENVIRONMENT, **os.environ})
+    from rekindle.cli.bench_load import measure  # as above
 
     return measure(arguments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from rekindle.bench.report import EngineChoices, Report, tables
 from rekindle.bench.thrash import measure_thrash
 from rekindle.catalog.catalog import Catalog
 from rekindle.catalog.records import ModelRecord
+from rekindle.cli.bench_output import check_writable, say
 from rekindle.cli.engines import engine_settings
 from rekindle.cli.settings import Settings, home_directory
 from rekindle.cli.tables import print_table
@@ -40,7 +40,7 @@ def measure(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         require_matplotlib()
     if arguments.json is not None:
-        _check_writable(arguments.json)
+        check_writable(arguments.json)
     choices = _choices(arguments)
     engine = config.load(Settings, None, arguments.overrides).engine
     home = Home(home_directory(arguments.home))
@@ -81,7 +81,7 @@ def _measure(
         f"{record.name} in {settings.dtype} on {settings.num_threads} threads of {hardware.cpu}, which read "
         f"{hardware.read_bytes_s / 1e9:.1f} GB/s"
     )
-    bench = Bench(settings, adapters, hardware, choices, settings.memory_bytes, _say)
+    bench = Bench(settings, adapters, hardware, choices, settings.memory_bytes, say)
     for name, measured in (
         ("cost", lambda: {"cost": tuple(measure_cost(bench))}),
         ("thrash", lambda: {"thrash": measure_thrash(bench)}),
@@ -90,7 +90,7 @@ def _measure(
     ):
         if name in only:
             report = replace(report, **measured())
-            _say("")
+            say("")
             table = tables(report)[-1]
             print(f"\n{table.title}")
             print_table(table.header, table.rows)
@@ -120,17 +120,3 @@ def _model(records: list[ModelRecord], name: str | None) -> ModelRecord:
     if not records:
         raise ConfigurationError("no model has been imported; run `rekindle models add PATH --name NAME` first")
     raise InvalidRequest(f"name the model with --model; imported: {known}", field="model")
-
-
-def _check_writable(path: Path) -> None:
-    """Minutes of measuring shall not end at a file that cannot be written."""
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise ConfigurationError(f"--json {path} cannot be written: {error.strerror}") from error
-
-
-def _say(what: str) -> None:
-    """Progress, on a terminal only."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)

@@ -25,7 +25,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -112,6 +112,20 @@ def read_file(
         return read.num_bytes
 
 
+def resident_share(path: Path) -> float:
+    """Which share of a file's pages the page cache holds; 1 for an empty file, and for one that is not ours to write,
+    of which the kernel does not tell."""
+    with path.open("rb") as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        if not num_bytes:
+            return 1.0
+        residency = _Residency(file.fileno(), num_bytes)
+        try:
+            return residency.share()
+        finally:
+            residency.close()
+
+
 class FileRead:
     """One read under way: of `num_bytes` bytes from `offset` on (all that follow, if None) to the start of `buffer`.
 
@@ -177,6 +191,11 @@ class FileRead:
         """Return when all bytes are there."""
         for _ in self:
             pass
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether what the page cache lacks is, so far, read past it."""
+        return self._file.is_direct
 
     def cancel(self) -> None:
         """Make the read end after the pieces that its threads are at. May be called from any thread."""
@@ -249,6 +268,10 @@ class _StoredFile:
                 resources.callback(self._residency.close)
             self._resources = resources.pop_all()
 
+    @property
+    def is_direct(self) -> bool:
+        return self._direct is not None
+
     def read_buffered_only(self) -> None:
         """Make no direct reads from now on."""
         self._direct = None
@@ -315,14 +338,22 @@ class _Residency:
         """Whether the first and the last page of a range are resident. Asking for all takes a fifth of copying them."""
         return self._has(position) and self._has(position + length - 1)
 
+    def share(self) -> float:
+        """Which share of all pages is resident."""
+        return float(np.mean(self._are_resident(0, self._num_bytes)))
+
     def close(self) -> None:
         self._map.close()
 
     def _has(self, position: int) -> bool:
-        page = position - position % mmap.PAGESIZE
-        is_resident = ctypes.c_ubyte()
-        result = _libc.mincore(self._address + page, 1, ctypes.byref(is_resident))
-        return result == 0 and bool(is_resident.value & 1)
+        return bool(self._are_resident(position - position % mmap.PAGESIZE, 1)[0])
+
+    def _are_resident(self, first: int, length: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        pages = np.zeros(-(-length // mmap.PAGESIZE), np.uint8)
+        if _libc.mincore(self._address + first, length, pages.ctypes.data):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        return pages & np.uint8(1)
 
 
 def _open_direct(path: Path) -> int | None:
