@@ -1,14 +1,16 @@
 """How long loaders take to bring weights from a file into host memory, next to what the disk itself gives.
 
-All loaders load the same tensors, in turn, round after round: cold (the file's pages were dropped from the page cache)
-and warm (they are all in it). A load ends when one byte of every page of every tensor has been read, which maps what
-was only promised until then. In a round before those that count every loader's tensors are compared bit for bit.
+All loaders load the same tensors, round after round, each time in another order: cold (the file's pages were dropped
+from the page cache) and warm (they are all in it). A load ends when one byte of every page of every tensor has been
+read, which maps what was only promised until then. In a round before those that count every loader's tensors are
+compared bit for bit.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,10 +80,10 @@ def measure_size(
         for index in range(num_rounds):
             say(f"{format_bytes(num_bytes)}: round {index + 1} of {num_rounds}")
             probe_s.append(_probe(files, profile))
-            for loader in _turned(loaders, index):
+            for loader in _shuffled(loaders, 2 * index):
                 drop_from_cache(loader.path)
                 cold_s[loader.name].append(_timed(loader))
-            for loader in _turned(loaders, index):
+            for loader in _shuffled(loaders, 2 * index + 1):
                 _fill_cache(loader.path)
                 warm_s[loader.name].append(_timed(loader))
         times = [
@@ -157,10 +159,9 @@ def _fill_cache(path: Path) -> None:
                 pass
 
 
-def _turned(loaders: Sequence[Loader], by: int) -> list[Loader]:
-    """Each round begins with another loader, so that none is always right behind the same one."""
-    first = by % len(loaders)
-    return [*loaders[first:], *loaders[:first]]
+def _shuffled(loaders: Sequence[Loader], seed: int) -> list[Loader]:
+    """Memory that one load gives back is what the next one gets, so none may always come right behind the same one."""
+    return random.Random(seed).sample(loaders, len(loaders))
 
 
 def _ms(times_s: Sequence[float]) -> str:
