@@ -2,8 +2,8 @@
 
 The result is a directory named after the digest of its content: adapter.safetensors, one flat vector whose places the
 manifest tells (`rekindle.protocol.adapters`); its checksums; manifest.json; config.json, the adapter's own
-adapter_config.json; and chat_template.jinja if it has one. It appears whole or not at all. An adapter whose tensors differ in type is stored in
-the widest of them, float32 where float16 and bfloat16 meet, so that no value changes.
+adapter_config.json; and chat_template.jinja if it has one. It appears whole or not at all. An adapter whose tensors
+differ in type is stored in the widest of them, float32 where float16 and bfloat16 meet, so that no value changes.
 """
 
 from __future__ import annotations
