@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 ONLY_IN = {
-    "torch": ("engine", "testing"),
+    "torch": ("engine", "testing", "bench"),  # `rekindle bench load` measures torch.load
     "fastapi": ("gateway",),
     "starlette": ("gateway",),
     "pydantic": ("gateway",),

@@ -12,6 +12,7 @@ RekindleError
 │   ├── DeadlineUnreachable     the first token cannot come within the time the request allows
 │   └── ReplicaUnavailable      the engine is starting, restarting or draining
 ├── ConfigurationError        fix the settings or the machine
+│   └── StoredFileDamaged       a file of the home is torn, cut short or altered; import it again
 └── InternalError             report a bug
     ├── EngineFailed            the engine could not carry out this request
     ├── StreamBroken            chunks arrived with a gap or out of order
@@ -78,6 +79,10 @@ class ReplicaUnavailable(RetryLater):
 
 class ConfigurationError(RekindleError):
     """The settings, the home directory or the machine do not allow what was asked."""
+
+
+class StoredFileDamaged(ConfigurationError):
+    """A file of the home directory is not what was written there: torn, cut short or altered. Import it again."""
 
 
 class InternalError(RekindleError):

@@ -53,7 +53,8 @@ def matrix(vector: torch.Tensor, offset: int, rows: int, columns: int) -> torch.
 def test_an_adapter_is_stored_as_one_vector_with_its_manifest_and_config(adapter: AdapterDirectory, home: Home) -> None:
     manifest = imported(adapter, home)
     directory = home.adapter_directory(manifest.digest)
-    assert sorted(path.name for path in directory.iterdir()) == ["adapter.safetensors", "config.json", "manifest.json"]
+    names = ["adapter.safetensors", "adapter.safetensors.xxh3", "config.json", "manifest.json"]
+    assert sorted(path.name for path in directory.iterdir()) == names
     assert msgspec.json.decode((directory / "manifest.json").read_bytes(), type=AdapterManifest) == manifest
     assert json.loads((directory / "config.json").read_text()) == adapter.config
     assert (manifest.base, manifest.dtype, manifest.ranks) == (adapter.base.digest, "F32", (4,))

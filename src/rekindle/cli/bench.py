@@ -29,3 +29,11 @@ def codecs(arguments: argparse.Namespace) -> int:
     from rekindle.cli.bench_codecs import measure  # loads numpy, which no other command line needs
 
     return measure(arguments)
+
+
+def load(arguments: argparse.Namespace) -> int:
+    """Measure how fast weights come from the disk into memory."""
+    os.environ.update({**ENVIRONMENT, **os.environ})
+    from rekindle.cli.bench_load import measure  # as above
+
+    return measure(arguments)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rekindle.errors import RekindleError
+from rekindle.units import parse_bytes
 from rekindle.version import VERSION
 
 _MEASUREMENTS = ["cost", "thrash", "loads", "ranks"]
@@ -102,6 +103,22 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_bench_lora(bench)
     _add_bench_coldstart(bench)
     _add_bench_codecs(bench)
+    _add_bench_load(bench)
+
+
+def _add_bench_load(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    load = _command(
+        bench, "load", "measure how fast loaders bring weights from disk to memory", "rekindle.cli.bench", "load"
+    )
+    load.add_argument(
+        "--sizes", type=_sizes, default="1MB,100MB,1GB", metavar="SIZE,...",
+        help="of the files made for it, each twice (default: 1MB,100MB,1GB)",
+    )  # fmt: skip
+    load.add_argument(
+        "--dir", type=Path, metavar="DIR", help="on the disk to measure (default: where temporary files go)"
+    )
+    load.add_argument("--repetitions", type=_count, default=5, metavar="N", help="rounds of all loaders (default: 5)")
+    load.add_argument("--json", type=Path, metavar="FILE", help="write all figures to a file")
 
 
 def _add_bench_lora(bench: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -161,6 +178,22 @@ def _add_bench_codecs(bench: argparse._SubParsersAction[argparse.ArgumentParser]
     codecs.add_argument("--size", default="64MiB", metavar="SIZE", help="how much of each dtype (default: 64MiB)")
     codecs.add_argument("--threads", type=int, metavar="N", help="threads that pack and unpack (default: every core)")
     codecs.add_argument("--json", type=Path, metavar="FILE", help="write all figures to a file")
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = [parse_bytes(size) for size in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if min(sizes) < 2:
+        raise argparse.ArgumentTypeError(f"{text} has a size of less than one element, 2 bytes")
+    return sizes
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
 
 
 def _command(

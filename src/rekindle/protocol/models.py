@@ -20,9 +20,9 @@ class ModuleShape:
 
 @dataclass(frozen=True, slots=True)
 class ModelManifest:
-    """One imported base model. Files live in one directory: model.safetensors, config.json, tokenizer.json,
-    tokenizer_config.json and, where the source has them, chat_template.jinja and generation_config.json;
-    `manifest.json` is this record.
+    """One imported base model. Files live in one directory: model.safetensors and its checksums, config.json,
+    tokenizer.json, tokenizer_config.json and, where the source has them, chat_template.jinja and
+    generation_config.json; `manifest.json` is this record.
 
     `modules` lists, in network order, every matrix an adapter may target, by its Hugging Face name
     ("model.layers.0.self_attn.q_proj", "lm_head", "model.embed_tokens"). `num_bytes` counts tensor bytes.

@@ -1,9 +1,9 @@
 """Import of a PEFT LoRA adapter into the home directory, bound to one base model.
 
 The result is a directory named after the digest of its content: adapter.safetensors, one flat vector whose places the
-manifest tells (`rekindle.protocol.adapters`); manifest.json; config.json, the adapter's own adapter_config.json; and
-chat_template.jinja if it has one. It appears whole or not at all. An adapter whose tensors differ in type is stored in
-the widest of them, float32 where float16 and bfloat16 meet, so that no value changes.
+manifest tells (`rekindle.protocol.adapters`); its checksums; manifest.json; config.json, the adapter's own
+adapter_config.json; and chat_template.jinja if it has one. It appears whole or not at all. An adapter whose tensors
+differ in type is stored in the widest of them, float32 where float16 and bfloat16 meet, so that no value changes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from rekindle.protocol.models import ModelManifest
 from rekindle.store.adapter_binding import Binding, WholeMatrix, bind
 from rekindle.store.adapter_file import AdapterLayout, PlacedTensor, plan_layout
 from rekindle.store.adapter_source import AdapterSource, open_source
+from rekindle.store.checksums import write_checked_tensors
 from rekindle.store.home import Home
 from rekindle.store.model_source import NUMPY_DTYPES, Piece, SourceTensor, converted
 from rekindle.store.peft_config import EMBEDDING, HEAD, parse_peft_config
-from rekindle.store.safetensors_file import Bytes, TensorStream, tensor_index, write_tensors
+from rekindle.store.safetensors_file import Bytes, TensorStream, tensor_index
 from rekindle.store.source_files import TEMPLATE_NAME, file_tensor
 from rekindle.units import MIB
 
@@ -64,7 +65,7 @@ def import_adapter(source: Path, base: ModelManifest, base_dir: Path, home: Home
 
     home.require_free(sum(stream.num_bytes for stream in streams) + len(files.config) + len(template or b"") + MIB)
     with home.atomic_directory() as staging:
-        write_tensors(staging.path / ADAPTER_FILE_NAME, streams, metadata={"format": "pt"}, observe=observe)
+        write_checked_tensors(staging.path / ADAPTER_FILE_NAME, streams, metadata={"format": "pt"}, observe=observe)
         manifest = replace(manifest, digest=AdapterDigest(digest.hexdigest()))
         (staging.path / _CONFIG_NAME).write_bytes(files.config)
         (staging.path / MANIFEST_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))

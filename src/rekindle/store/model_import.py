@@ -21,12 +21,13 @@ import numpy as np
 from rekindle.errors import ConfigurationError, ModelRejected
 from rekindle.protocol.identity import ModelDigest
 from rekindle.protocol.models import ModelManifest
+from rekindle.store.checksums import write_checked_tensors
 from rekindle.store.home import Home
 from rekindle.store.huggingface import read_huggingface
 from rekindle.store.model_config import resolve_config
 from rekindle.store.model_layout import context_length, modules, tensor_shapes
 from rekindle.store.model_source import NUMPY_DTYPES, ModelSource, SourceTensor, converted
-from rekindle.store.safetensors_file import Bytes, TensorStream, write_tensors
+from rekindle.store.safetensors_file import Bytes, TensorStream
 from rekindle.store.wording import listed
 from rekindle.units import MIB
 
@@ -73,7 +74,7 @@ def import_model(source: Path, home: Home, progress: Progress | None = None) -> 
             progress(done, num_bytes)
 
     with home.atomic_directory() as staging:
-        write_tensors(staging.path / WEIGHTS_NAME, streams, metadata={"format": "pt"}, observe=observe)
+        write_checked_tensors(staging.path / WEIGHTS_NAME, streams, metadata={"format": "pt"}, observe=observe)
         manifest = _manifest(ModelDigest(digest.hexdigest()), model, streams)
         files[MANIFEST_NAME] = msgspec.json.format(msgspec.json.encode(manifest))
         for name, content in files.items():

@@ -106,22 +106,16 @@ def read_header(
     """
     with path.open("rb") as file:
         file_bytes = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise rejected(f"{path.name} is not a safetensors file: it holds {file_bytes} bytes")
-        header_bytes = int.from_bytes(prefix, "little")
-        if header_bytes > max_header_bytes:
-            raise rejected(
-                f"{path.name} is not a usable safetensors file: its header would be {header_bytes} bytes, "
-                f"at most {max_header_bytes} are allowed"
-            )
-        if 8 + header_bytes > file_bytes:
-            raise rejected(f"{path.name} is truncated: its header ends at {8 + header_bytes}, the file at {file_bytes}")
+        header_bytes = _header_length(path.name, file.read(8), file_bytes, rejected, max_header_bytes)
         raw = file.read(header_bytes)
-    try:
-        return _parse_header(raw, DataSection(8 + header_bytes, file_bytes - 8 - header_bytes))
-    except (ValueError, RecursionError) as error:
-        raise rejected(f"{path.name}: {error}") from error
+    return _checked_header(path.name, raw, file_bytes, rejected)
+
+
+def header_of(content: memoryview, name: str, *, rejected: type[RequestError] = ModelRejected) -> SafetensorsHeader:
+    """As `read_header`, for a whole file that was read into memory; entries are places in `content`. `name` is for
+    errors."""
+    header_bytes = _header_length(name, bytes(content[:8]), len(content), rejected, MAX_HEADER_BYTES)
+    return _checked_header(name, bytes(content[8 : 8 + header_bytes]), len(content), rejected)
 
 
 def write_tensors(
@@ -166,6 +160,29 @@ def encode_header(tensors: Sequence[TensorStream], metadata: Mapping[str, str] |
     if len(raw) + padding > MAX_HEADER_BYTES:
         raise ValueError(f"a header of {format_bytes(len(raw))} exceeds the format's {format_bytes(MAX_HEADER_BYTES)}")
     return (len(raw) + padding).to_bytes(8, "little") + raw + b" " * padding
+
+
+def _header_length(
+    name: str, prefix: bytes, file_bytes: int, rejected: type[RequestError], max_header_bytes: int
+) -> int:
+    if len(prefix) < 8:
+        raise rejected(f"{name} is not a safetensors file: it holds {file_bytes} bytes")
+    header_bytes = int.from_bytes(prefix, "little")
+    if header_bytes > max_header_bytes:
+        raise rejected(
+            f"{name} is not a usable safetensors file: its header would be {header_bytes} bytes, "
+            f"at most {max_header_bytes} are allowed"
+        )
+    if 8 + header_bytes > file_bytes:
+        raise rejected(f"{name} is truncated: its header ends at {8 + header_bytes}, the file at {file_bytes}")
+    return header_bytes
+
+
+def _checked_header(name: str, raw: bytes, file_bytes: int, rejected: type[RequestError]) -> SafetensorsHeader:
+    try:
+        return _parse_header(raw, DataSection(8 + len(raw), file_bytes - 8 - len(raw)))
+    except (ValueError, RecursionError) as error:
+        raise rejected(f"{name}: {error}") from error
 
 
 def _parse_header(raw: bytes, data: DataSection) -> SafetensorsHeader:
