@@ -74,10 +74,11 @@ class ToldPolicy(MergePolicy):
 
     def choose(self, mix: StepMix, now_s: float) -> MergeChoice:
         latest = {outcome.digest: outcome.state for outcome in self.news}.get(self.target or AdapterDigest(""))
-        is_ready = latest is MergeState.READY
+        is_ready = latest is not MergeState.REFUSED if self._in_place else latest is MergeState.READY
         self.merged = self.target if is_ready and self.target in mix.rows_of else None
         self.num_merged_steps += self.merged is not None
-        return MergeChoice(self.merged, self.target if latest in (None, MergeState.DROPPED) else None)
+        is_wanted = not self._in_place and latest in (None, MergeState.DROPPED)
+        return MergeChoice(self.merged, self.target if is_wanted else None)
 
 
 class MergingEngine(LocalEngine):

@@ -46,8 +46,13 @@ class EngineOptions:
     max_sequences: int = setting(256, "Most sequences running at once.")
     max_queued: int = setting(1024, "Most sequences waiting; beyond that requests get 429.")
     deterministic: bool = setting(False, "Make text independent of what else runs, at some cost in speed.")
+    merge: bool = setting(
+        False, "Merge an adapter that owns most rows into the weights while that pays: in place on a GPU."
+    )
     merge_bytes: Bytes = setting(
-        0, "Bytes of each engine, out of `memory`, for weights with an adapter merged into them; 0 never merges."
+        0,
+        "Bytes of each engine on a CPU, out of `memory`, for copies of weights to merge into; more than 0 implies "
+        "`merge`, which without it takes as many as the weights.",
     )
     step_limit_s: float = setting(
         600.0, "Seconds an engine with work may say nothing before it is taken for hung; longer than any step."
