@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from rekindle.clock import Clock, ManualClock, SystemClock
-from rekindle.engine import merging
+from rekindle.engine import merging, weights
 from rekindle.engine.adapters import ResidentAdapter
 from rekindle.engine.kernels.reference import ReferenceKernels
 from rekindle.engine.merging import HEAD, MergedCopies, Place, Unmergeable, merge_linear, mergeable_places
 from rekindle.engine.merging_in_place import InPlaceMerge
-from rekindle.engine.models.decoder import LINEARS, Decoder, DecoderWeights
+from rekindle.engine.models.decoder import LINEARS, Decoder, DecoderWeights, linear_names
 from rekindle.engine.models.registry import read_architecture, read_config
 from rekindle.engine.scheduler.merging import MergeOutcome, MergeState
 from rekindle.engine.vectors import PagedVector
@@ -53,11 +53,11 @@ class Bench:
         return MergedCopies(self.model, self.base, self.find, BUDGET, clock or SystemClock())
 
     def linears(self, model_weights: DecoderWeights | None = None) -> dict[Place, torch.Tensor]:
-        weights = model_weights or self.model.weights
+        chosen = model_weights or self.model.weights
         linears = {
-            (i, name): getattr(layer, name).weight_NK for i, layer in enumerate(weights.layers) for name in LINEARS
+            (i, name): getattr(layer, name).weight_NK for i, layer in enumerate(chosen.layers) for name in LINEARS
         }
-        return {**linears, (self.arch.num_layers, HEAD): weights.head.weight_NK}  # type: ignore[attr-defined]
+        return {**linears, (self.arch.num_layers, HEAD): chosen.head.weight_NK}  # type: ignore[attr-defined]
 
     def digest(self, name: str) -> AdapterDigest:
         return self.served.manifests[name].digest
@@ -201,6 +201,24 @@ def test_in_place_a_head_that_is_also_the_embedding_is_never_written(bench: Benc
     assert merge.prepare(bench.digest("head")) is None
     assert "no weight of its own" in merge.advance(None, 0.0)[-1].reason
     assert is_same(original, bits(bench.linears()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("written_bytes", [1, 1000, 1 << 20])
+def test_weights_that_are_written_again_are_those_that_were_loaded(
+    llama: Served, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, written_bytes: int
+) -> None:
+    monkeypatch.setattr(weights, "_WRITTEN_BYTES", written_bytes)
+    source = Weights(llama.model_dir / "model.safetensors", dtype, tensor_shapes(read_config(llama.model_dir)))
+    for names in (
+        linear_names(1, "qkv", "weight"),
+        ["lm_head.weight"],
+        ["lm_head.weight", "model.embed_tokens.weight"],
+    ):
+        loaded = source.fused(names)
+        target = torch.full_like(loaded, torch.nan)
+        source.write(names, target)
+        assert torch.equal(target, loaded)
 
 
 def test_an_update_that_swells_a_single_output_is_not_merged() -> None:

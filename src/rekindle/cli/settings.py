@@ -47,12 +47,13 @@ class EngineOptions:
     max_queued: int = setting(1024, "Most sequences waiting; beyond that requests get 429.")
     deterministic: bool = setting(False, "Make text independent of what else runs, at some cost in speed.")
     merge: bool = setting(
-        False, "Merge an adapter that owns most rows into the weights while that pays: in place on a GPU."
+        False,
+        "Merge an adapter that owns most rows into the weights while that pays: in place on a GPU, on a CPU in copies.",
     )
     merge_bytes: Bytes = setting(
         0,
-        "Bytes of each engine on a CPU, out of `memory`, for copies of weights to merge into; more than 0 implies "
-        "`merge`, which without it takes as many as the weights.",
+        "Most bytes of such copies in each engine on a CPU, out of `memory`; 0 with `merge` is as many as the weights "
+        "take, and more than 0 switches `merge` on.",
     )
     step_limit_s: float = setting(
         600.0, "Seconds an engine with work may say nothing before it is taken for hung; longer than any step."

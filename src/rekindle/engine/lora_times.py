@@ -93,6 +93,6 @@ class LoraTimer:
 
 def elapsed_s(spans: Spans) -> float | None:
     """Seconds of these calls; None as long as the device has not made them all."""
-    if spans and not spans[-1].end.query():
+    if not all(span.begin.query() and span.end.query() for span in spans):
         return None
     return sum(span.weight * span.begin.elapsed_time(span.end) for span in spans) / 1e3
