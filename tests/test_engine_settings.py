@@ -44,6 +44,23 @@ def test_unknown_devices_are_refused_by_name(asked: str) -> None:
 
 
 def test_a_deterministic_engine_is_not_given_memory_to_merge_in() -> None:
-    options = EngineOptions(device="cpu", memory=4 * GIB, deterministic=True, merge_bytes=GIB)
-    with pytest.raises(ConfigurationError, match=r"engine\.deterministic never merges.*merge_bytes"):
-        engines.engine_settings(options, [record("a")])
+    for asked in ({"merge_bytes": GIB}, {"merge": True}):
+        options = EngineOptions(device="cpu", memory=4 * GIB, deterministic=True, **asked)
+        with pytest.raises(ConfigurationError, match=r"engine\.deterministic never merges.*merge_bytes"):
+            engines.engine_settings(options, [record("a")])
+
+
+def test_one_setting_merges_on_every_device() -> None:
+    (on_cpu,) = engines.engine_settings(EngineOptions(device="cpu", memory=4 * GIB, merge=True), [record("a")])
+    (without,) = engines.engine_settings(EngineOptions(device="cpu", memory=4 * GIB), [record("a")])
+    assert not on_cpu.merge_in_place
+    assert on_cpu.merge_bytes > 0
+    assert on_cpu.memory_bytes == without.memory_bytes - on_cpu.merge_bytes
+    assert (without.merge_bytes, without.merge_in_place) == (0, False)
+    (on_gpu,) = engines.engine_settings(EngineOptions(device="cuda", merge=True), [record("a")])
+    assert (on_gpu.merge_bytes, on_gpu.merge_in_place) == (0, True)
+
+
+def test_a_gpu_is_not_given_memory_to_merge_in() -> None:
+    with pytest.raises(ConfigurationError, match=r"engine\.merge_bytes is 1.*set engine\.merge to true"):
+        engines.engine_settings(EngineOptions(device="cuda", merge_bytes=GIB), [record("a")])

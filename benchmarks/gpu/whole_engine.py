@@ -1,15 +1,17 @@
 """A whole engine on a GPU: random weights of an 8B Llama shape, many adapters, against the same engine without any.
 
-    PYTHONPATH=src python benchmarks/gpu/engine.py [--json FILE]
+    PYTHONPATH=src python benchmarks/gpu/whole_engine.py [--json FILE]
 
 C sequences decode at once, spread evenly over the adapters. `floor` is what the adapters' bytes would take at the rate
 of a device-to-device copy; `allowed` is 1.05 x the base step + 1.3 x that. The same base under transformers and PEFT
-generates with as many adapters in one batch.
+generates with as many adapters in one batch. Against merged: with one adapter merged into the weights, a step is
+allowed 1.02 x the base step.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -24,10 +26,12 @@ from typing import Any
 import torch
 
 from rekindle.clock import SystemClock
+from rekindle.engine import engine as engine_module
 from rekindle.engine.devices import CudaDevice, Device
 from rekindle.engine.engine import Engine
+from rekindle.engine.scheduler.merging import MergeChoice, MergePolicy, StepMix
 from rekindle.protocol.generation import GenerateRequest
-from rekindle.protocol.identity import RequestId
+from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.replica import EngineSettings
 from rekindle.protocol.sampling import SamplingParams
 from rekindle.testing.random_model import RandomWeights, model_manifest, named, write_adapter
@@ -50,6 +54,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROMPT_TOKENS = 64
 NEW_TOKENS = 48
 CELLS = ((1, 0), (1, 1), (8, 0), (8, 8), (64, 0), (64, 1), (64, 8), (64, 64), (512, 0), (512, 512))
+MERGED_CONCURRENCIES = (8, 64)
 PEFT_CELLS = ((8, 0), (8, 8), (64, 0), (64, 8), (64, 64))
 
 
@@ -70,12 +75,20 @@ class BenchedEngine:
     """An engine on random weights, with adapters of random contents that share one file for each rank."""
 
     def __init__(
-        self, config: dict[str, Any], device: Device, num_adapters: int, directory: Path, memory_bytes: int = 0
+        self,
+        config: dict[str, Any],
+        device: Device,
+        num_adapters: int,
+        directory: Path,
+        memory_bytes: int = 0,
+        *,
+        merge_in_place: bool = False,
     ) -> None:
         (directory / "config.json").write_text(json.dumps(config))
         model = model_manifest(config)
         settings = EngineSettings(
-            str(directory), model, "bfloat16", memory_bytes, 16, 4096, 512, 4096, num_threads=8, device="cuda"
+            str(directory), model, "bfloat16", memory_bytes, 16, 4096, 512, 4096, num_threads=8, device="cuda",
+            merge_in_place=merge_in_place,
         )  # fmt: skip
         weights = RandomWeights(config, torch.bfloat16, device.torch_device)
         self.engine = Engine(settings, SystemClock(), lambda: None, device, weights)
@@ -145,6 +158,50 @@ def bench_rekindle(device: Device, rate: float) -> list[Cell]:
     return cells
 
 
+class SwitchedPolicy(MergePolicy):
+    """Merges `target` in every step that has rows of it."""
+
+    target: AdapterDigest | None = None
+
+    def choose(self, mix: StepMix, now_s: float) -> MergeChoice:
+        self.merged = self.target if self.target in mix.rows_of else None
+        self.num_merged_steps += self.merged is not None
+        return MergeChoice(self.merged)
+
+
+def bench_merged(
+    device: Device, config: dict[str, Any] = LLAMA_8B, memory_bytes: int = 0, new_tokens: int = NEW_TOKENS
+) -> list[Cell]:
+    """One adapter merged into the weights, against the same engine with it beside them, and with none.
+
+    Raises:
+        RuntimeError: the engine has not merged it.
+    """
+    vars(engine_module)["MergePolicy"] = SwitchedPolicy
+    cells: list[Cell] = []
+    with tempfile.TemporaryDirectory() as directory:
+        bench = BenchedEngine(config, device, 1, Path(directory), memory_bytes, merge_in_place=True)
+        policy = bench.engine._merge_policy
+        assert isinstance(policy, SwitchedPolicy)
+        for concurrency in MERGED_CONCURRENCIES:
+            base_s = bench.measure(concurrency, 0, new_tokens)
+            beside_s = bench.measure(concurrency, 1, new_tokens)
+            policy.target, before = bench.adapters[0].digest, bench.engine.stats().steps_merged_total
+            merged_s = bench.measure(concurrency, 1, new_tokens)
+            if bench.engine.stats().steps_merged_total < before + 2 * new_tokens:
+                raise RuntimeError(f"with {concurrency} sequences the adapter was not merged in every step")
+            policy.target = None
+            for system, num_adapters, step_s, allowed_ms in (
+                ("against merged: base", 0, base_s, None),
+                ("against merged: beside", 1, beside_s, None),
+                ("against merged: merged", 1, merged_s, 1e3 * 1.02 * base_s),
+            ):
+                tokens_per_s = concurrency / step_s
+                cells.append(Cell(system, concurrency, num_adapters, 1e3 * step_s, tokens_per_s, allowed_ms=allowed_ms))
+        bench.engine.close()
+    return cells
+
+
 def bench_peft(device: torch.device) -> list[Cell]:
     """transformers and PEFT with the adapters of each row named for it."""
     from peft import LoraConfig, get_peft_model
@@ -182,14 +239,20 @@ def bench_peft(device: torch.device) -> list[Cell]:
     return cells
 
 
+def free_memory() -> None:
+    """Give back what an engine or a model that is out of use has held."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def report(cells: Sequence[Cell]) -> None:
     """Print the table."""
-    print(f"{'system':20} {'C':>4} {'adapters':>8} {'step ms':>8} {'tok/s':>8} {'floor ms':>8} {'allowed':>8}")
+    print(f"{'system':24} {'C':>4} {'adapters':>8} {'step ms':>8} {'tok/s':>8} {'floor ms':>8} {'allowed':>8}")
     for cell in cells:
         floor = "" if cell.floor_ms is None else f"{cell.floor_ms:.2f}"
         allowed = "" if cell.allowed_ms is None else f"{cell.allowed_ms:.2f}"
         print(
-            f"{cell.system:20} {cell.concurrency:4} {cell.num_adapters:8} {cell.step_ms:8.2f} "
+            f"{cell.system:24} {cell.concurrency:4} {cell.num_adapters:8} {cell.step_ms:8.2f} "
             f"{cell.tokens_per_s:8.0f} {floor:>8} {allowed:>8}"
         )
 
@@ -204,7 +267,9 @@ def main() -> None:
     device = CudaDevice("cuda")
     rate = copy_rate(device.torch_device)
     cells = bench_rekindle(device, rate)
-    torch.cuda.empty_cache()
+    free_memory()
+    cells += bench_merged(device)
+    free_memory()
     if not arguments.no_peft:
         cells += bench_peft(device.torch_device)
     name = torch.cuda.get_device_name()

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from rekindle.engine import engine as engine_module
-from support.merging import MergingEngine, Served, ToldPolicy
+from support.merging import MergingEngine, Served
+from support.policies import ToldPolicy
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +19,8 @@ def engine_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Merging
     monkeypatch.setattr(engine_module, "MergePolicy", ToldPolicy)
     engines: list[MergingEngine] = []
 
-    def make(served: Served, **changes: object) -> MergingEngine:
-        engines.append(MergingEngine(served, **changes))
+    def make(served: Served, kind: type[MergingEngine] = MergingEngine, **changes: object) -> MergingEngine:
+        engines.append(kind(served, **changes))
         return engines[-1]
 
     yield make

@@ -1,7 +1,6 @@
 """Decode steps from fixed buffers: what is replayed gives the text of what is run."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,45 +8,16 @@ import pytest
 import torch
 
 from rekindle.engine import graphs
-from rekindle.engine.kernels.interface import (
-    AdapterMatrices,
-    AttentionBatch,
-    AttentionShape,
-    KVPool,
-    LoraBatch,
-    LoraGroup,
-)
-from rekindle.engine.kernels.reference import ReferenceKernels
 from rekindle.protocol.identity import AdapterDigest
 from rekindle.store.adapter_import import import_adapter
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
-from support.devices import PagedDevice, RerunRecorder
+from support.devices import PagedDevice, RerunRecorder, TensorDriven
 from support.engines import LocalEngine, greedy
 from support.oracle import oracle_greedy, random_prompts
 from support.tiny import make_adapter, make_model
 
 pytest.importorskip("peft")
-
-
-class TensorDriven(ReferenceKernels):
-    """The specification as a GPU reads a batch when it replays: from the tensors, never from lists of the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: Callable[[], Iterable[AdapterMatrices]] = tuple
-
-    def attention(
-        self, qkv_TE: torch.Tensor, pool: KVPool, layer: int, batch: AttentionBatch, shape: AttentionShape
-    ) -> torch.Tensor:
-        lists = {"query_start": batch.query_start_S1.tolist(), "context": batch.context_S.tolist()}
-        return super().attention(qkv_TE, pool, layer, replace(batch, **lists), shape)
-
-    def lora(self, x_TK: torch.Tensor, y_TN: torch.Tensor, batch: LoraBatch, layer: int, group: LoraGroup) -> None:
-        found = {it.table_LPF.data_ptr(): it for it in self.known()}
-        adapters = tuple(found.get(address) for address in batch.tables_G.tolist())
-        read = replace(batch, row_start=batch.row_start_G1.tolist(), adapters=adapters)
-        super().lora(x_TK, y_TN, read, layer, group)
 
 
 class Served:

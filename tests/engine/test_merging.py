@@ -88,16 +88,17 @@ def test_in_bfloat16_all_rows_are_as_near_to_float32_as_bfloat16_is_held_to_be(
 
 
 def test_a_step_of_rows_of_the_merged_adapter_alone_computes_no_update(
-    llama: Served, engine_of: Callable[..., MergingEngine]
+    llama: Served, engine_of: Callable[..., MergingEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of(llama)
     engine.merge("all-rank-64")
-    model = engine.engine._runner._model
-    before_s = model.lora_s
+    kernels = engine.engine._runner._model.kernels
+    update, calls = kernels.lora, []
+    monkeypatch.setattr(kernels, "lora", lambda *arguments: (calls.append(arguments), update(*arguments)))
     engine.ask("all-rank-64", random_prompts(seed=3)[2], "alone")
-    assert model.lora_s == before_s
+    assert not calls
     engine.ask("attention", random_prompts(seed=3)[2], "other")
-    assert model.lora_s > before_s
+    assert calls
 
 
 def test_the_base_weights_are_never_written(llama: Served, engine_of: Callable[..., MergingEngine]) -> None:

@@ -18,7 +18,7 @@ from rekindle.engine.scheduler.merging import (
 from rekindle.engine.scheduler.plan import StepPlan
 from rekindle.engine.scheduler.scheduler import Scheduler
 from rekindle.protocol.identity import AdapterDigest
-from support.merging import ToldPolicy
+from support.policies import ToldPolicy
 from support.scheduling import Replica, make_config, make_manifest, make_request
 
 NUM_ADAPTERS = 32
@@ -118,6 +118,10 @@ class Run:
         if choice.merged != self._written:
             num_writes = (self._written is not None) + (choice.merged is not None)
             self.now_s += num_writes * self.device.write_s_per_byte * SIZE.merge_bytes
+            if self._written is not None:
+                seconds = self.device.write_s_per_byte * SIZE.merge_bytes
+                restored = MergeOutcome(self._written, MergeState.RESTORED, seconds, SIZE.merge_bytes)
+                self.policy.note_outcome(restored)
             self._written = choice.merged
             if choice.merged is not None:
                 self._tell_ready(choice.merged)
@@ -226,6 +230,21 @@ def test_in_place_a_step_without_rows_of_the_merged_adapter_leaves_it_at_once() 
         run.in_place(StepMix({FAVOURITE: 8}, 8))
     run.in_place(StepMix({}, 8))
     assert run.choices[-1].merged is None
+
+
+def test_in_place_leaving_is_priced_at_what_restoring_the_weights_took() -> None:
+    """Others' rows come to outnumber those of the merged adapter, which is worth leaving."""
+    waited = []
+    for restore_s in (0.5, 5.0):
+        run = Run(DEVICES["reading costs most"], make_policy(in_place=True))
+        while not (run.choices and run.choices[-1].merged):
+            run.in_place(StepMix({FAVOURITE: 8}, 8))
+        run.policy.note_outcome(MergeOutcome(FAVOURITE, MergeState.RESTORED, restore_s, SIZE.merge_bytes))
+        first = len(run.choices)
+        while run.choices[-1].merged:
+            run.in_place(StepMix({FAVOURITE: 1}, 32))
+        waited.append(len(run.choices) - first)
+    assert waited[1] == pytest.approx(10 * waited[0], rel=0.1)
 
 
 def ready_policy() -> MergePolicy:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rekindle.clock import Clock, SystemClock
 from rekindle.engine.devices import Device
 from rekindle.engine.engine import Engine
+from rekindle.engine.weights import WeightSource
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.generation import FinishReason, GenerateRequest, TokenLogprobs
 from rekindle.protocol.identity import AdapterDigest, RequestId
@@ -40,6 +41,7 @@ class LocalEngine:
         manifest: ModelManifest,
         clock: Clock | None = None,
         device: Device | None = None,
+        weights: WeightSource | None = None,
         **changes: object,
     ) -> None:
         settings = {
@@ -62,6 +64,7 @@ class LocalEngine:
             clock or SystemClock(),
             self._wakened.set,
             device,
+            weights,
         )
         self.outputs: dict[str, Output] = {}
 

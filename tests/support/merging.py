@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rekindle.engine.merging import MergedCopies
-from rekindle.engine.scheduler.merging import MergeChoice, MergeOutcome, MergePolicy, MergeState, StepMix
+from rekindle.engine.scheduler.merging import MergeState
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.identity import AdapterDigest
 from rekindle.store.adapter_import import import_adapter
@@ -16,6 +16,7 @@ from rekindle.store.model_import import import_model
 from rekindle.units import MIB
 from support.engines import LocalEngine, Output, greedy
 from support.oracle import random_prompts
+from support.policies import ToldPolicy
 from support.tiny import make_adapter, make_model
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -58,26 +59,6 @@ class Served:
 
     def directory_of(self, name: str) -> Path:
         return self._home.adapter_directory(self.manifests[name].digest)
-
-
-class ToldPolicy(MergePolicy):
-    """Merges `target` in every step that has rows of it, once it is ready; keeps the news it gets."""
-
-    def __init__(self, write_s_per_byte: float = 0.0, *, in_place: bool = False) -> None:
-        super().__init__(write_s_per_byte, in_place=in_place)
-        self.target: AdapterDigest | None = None
-        self.news: list[MergeOutcome] = []
-
-    def note_outcome(self, outcome: MergeOutcome) -> None:
-        super().note_outcome(outcome)
-        self.news.append(outcome)
-
-    def choose(self, mix: StepMix, now_s: float) -> MergeChoice:
-        latest = {outcome.digest: outcome.state for outcome in self.news}.get(self.target or AdapterDigest(""))
-        is_ready = latest is MergeState.READY
-        self.merged = self.target if is_ready and self.target in mix.rows_of else None
-        self.num_merged_steps += self.merged is not None
-        return MergeChoice(self.merged, self.target if latest in (None, MergeState.DROPPED) else None)
 
 
 class MergingEngine(LocalEngine):

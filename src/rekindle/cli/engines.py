@@ -21,13 +21,9 @@ _MIN_POOL_BYTES = 64 * MIB
 
 def engine_settings(options: EngineOptions, records: list[ModelRecord]) -> list[EngineSettings]:
     """Settings of each base's engine; what memory the weights leave is shared equally among their pools."""
-    if options.deterministic and options.merge_bytes:
-        raise ConfigurationError(
-            f"engine.deterministic never merges, and engine.merge_bytes would keep {format_bytes(options.merge_bytes)} "
-            "for it; set one of them to its default"
-        )
     device = _device(options.device)
     dtype = _dtype(options.dtype, device)
+    _check_merging(options, device)
     pool_bytes = _pool_bytes(options, device, dtype, records)
     return [
         EngineSettings(
@@ -42,7 +38,8 @@ def engine_settings(options: EngineOptions, records: list[ModelRecord]) -> list[
             num_threads=options.threads or len(os.sched_getaffinity(0)),
             deterministic=options.deterministic,
             device=device,
-            merge_bytes=options.merge_bytes,
+            merge_bytes=_merge_bytes(options, device, dtype, record),
+            merge_in_place=options.merge and device != "cpu",
         )
         for record in records
     ]
@@ -50,11 +47,6 @@ def engine_settings(options: EngineOptions, records: list[ModelRecord]) -> list[
 
 def _pool_bytes(options: EngineOptions, device: str, dtype: str, records: list[ModelRecord]) -> int:
     """The page pool of each engine; 0 lets a GPU's only engine take what the weights leave free."""
-    if device != "cpu" and options.merge_bytes:
-        raise ConfigurationError(
-            f"engine.merge_bytes is for copies of weights beside those of a CPU, and the engine runs on {device}; set "
-            "it to 0, or engine.device to cpu"
-        )
     if device != "cpu" and options.memory is None:
         if len(records) == 1:
             return 0
@@ -62,17 +54,43 @@ def _pool_bytes(options: EngineOptions, device: str, dtype: str, records: list[M
             f"{len(records)} models are to share {device}: say with engine.memory how many bytes of it they may take"
         )
     total_bytes = options.memory if options.memory is not None else available_memory_bytes() // 2
-    weights_bytes = sum(record.manifest.num_parameters * _BYTES_PER_PARAMETER[dtype] for record in records)
-    pool_bytes = (total_bytes - weights_bytes) // len(records) - options.merge_bytes
+    weights_bytes = sum(_weights_bytes(record, dtype) for record in records)
+    merge_bytes = sum(_merge_bytes(options, device, dtype, record) for record in records)
+    pool_bytes = (total_bytes - weights_bytes - merge_bytes) // len(records)
     if pool_bytes < _MIN_POOL_BYTES:
         raise ConfigurationError(
             f"engine.memory is {format_bytes(total_bytes)} and the weights of {len(records)} models take "
             f"{format_bytes(weights_bytes)}; at least {format_bytes(_MIN_POOL_BYTES)} must be left for each model's "
             "KV cache and adapters"
-            + (f" beside engine.merge_bytes = {format_bytes(options.merge_bytes)}" if options.merge_bytes else "")
+            + (f" beside {format_bytes(merge_bytes)} for copies to merge into" if merge_bytes else "")
             + ": raise it, or serve fewer models"
+            + (", or set engine.merge_bytes to less" if merge_bytes else "")
         )
     return pool_bytes
+
+
+def _check_merging(options: EngineOptions, device: str) -> None:
+    if options.deterministic and (options.merge or options.merge_bytes):
+        raise ConfigurationError(
+            "engine.deterministic never merges, and engine.merge or engine.merge_bytes asks for it; set them or "
+            "engine.deterministic to the default"
+        )
+    if device != "cpu" and options.merge_bytes:
+        raise ConfigurationError(
+            f"engine.merge_bytes is {format_bytes(options.merge_bytes)} for copies of a CPU's weights, and the engine "
+            f"runs on {device}, which merges in place: set engine.merge to true and engine.merge_bytes to 0"
+        )
+
+
+def _merge_bytes(options: EngineOptions, device: str, dtype: str, record: ModelRecord) -> int:
+    """What an engine may keep of merged weights beside the base's; by default, one copy of them all."""
+    if device == "cpu" and options.merge and not options.merge_bytes:
+        return _weights_bytes(record, dtype)
+    return options.merge_bytes
+
+
+def _weights_bytes(record: ModelRecord, dtype: str) -> int:
+    return record.manifest.num_parameters * _BYTES_PER_PARAMETER[dtype]
 
 
 def _device(asked: str) -> str:

@@ -46,8 +46,14 @@ class EngineOptions:
     max_sequences: int = setting(256, "Most sequences running at once.")
     max_queued: int = setting(1024, "Most sequences waiting; beyond that requests get 429.")
     deterministic: bool = setting(False, "Make text independent of what else runs, at some cost in speed.")
+    merge: bool = setting(
+        False,
+        "Merge an adapter that owns most rows into the weights while that pays: in place on a GPU, on a CPU in copies.",
+    )
     merge_bytes: Bytes = setting(
-        0, "Bytes of each engine, out of `memory`, for weights with an adapter merged into them; 0 never merges."
+        0,
+        "Most bytes of such copies in each engine on a CPU, out of `memory`; 0 with `merge` is as many as the weights "
+        "take, and more than 0 switches `merge` on.",
     )
     keep_alive_s: float | None = setting(
         None, "Seconds without a request after which an engine is stopped until the next one comes; never if not set."

@@ -31,11 +31,11 @@ class AdapterRows:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """An adapter that is merged into a step's weights. `negated` are its matrices with scales of opposite sign, which
-    rows of others get."""
+    """An adapter that is merged into a step's weights: into `weights`, or the model's own if that is None. `negated`
+    are its matrices with scales of opposite sign, which rows of others get."""
 
     digest: AdapterDigest
-    weights: DecoderWeights
+    weights: DecoderWeights | None
     negated: AdapterMatrices
     changes_head: bool
 

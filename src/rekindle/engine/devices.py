@@ -7,17 +7,21 @@ from typing import Protocol
 
 import torch
 
+from rekindle.clock import Clock
 from rekindle.engine.adapters import VectorLoader
 from rekindle.engine.gpu_memory import GpuMemory
 from rekindle.engine.graphs import CudaRecorder, Recorder
 from rekindle.engine.host_memory import HostMemory
 from rekindle.engine.kernels.interface import AttentionShape, Kernels, KVPool
 from rekindle.engine.kernels.select import select_cpu_kernels, select_gpu_kernels
+from rekindle.engine.lora_times import ClockMark, LoraTimer
 from rekindle.errors import ConfigurationError
 from rekindle.protocol.replica import EngineSettings
 
 _SHARE_OF_FREE_MEMORY = 0.9
 """How much of a GPU's free memory becomes the pool where no size is given; the rest is room for activations."""
+_TIMED_LAYERS = 4
+"""Layers of a GPU's steps in which updates are timed: 32 events a step, which take well under 1% of it."""
 
 
 class DeviceMemory(VectorLoader, Protocol):
@@ -54,6 +58,10 @@ class Device(Protocol):
         """What records computations here, if launching them one by one costs time."""
         ...
 
+    def lora_timer(self, num_layers: int, clock: Clock) -> LoraTimer:
+        """What tells how long updates take here."""
+        ...
+
     def memory(self, num_pages: int, page_bytes: int, dtype: torch.dtype) -> DeviceMemory:
         """Reserve a pool.
 
@@ -76,6 +84,9 @@ class CpuDevice:
 
     def recorder(self) -> None:
         return None
+
+    def lora_timer(self, num_layers: int, clock: Clock) -> LoraTimer:
+        return LoraTimer(lambda: ClockMark(clock), num_layers, max_layers=num_layers)
 
     def memory(self, num_pages: int, page_bytes: int, dtype: torch.dtype) -> DeviceMemory:
         return HostMemory(num_pages, page_bytes, dtype)
@@ -109,6 +120,14 @@ class CudaDevice:
 
     def recorder(self) -> Recorder:
         return CudaRecorder()
+
+    def lora_timer(self, num_layers: int, clock: Clock) -> LoraTimer:
+        # External events are part of a recording and get new times with each replay; outside they are as others.
+        return LoraTimer(
+            lambda: torch.cuda.Event(enable_timing=True, external=True),  # type: ignore[no-untyped-call]
+            num_layers,
+            _TIMED_LAYERS,
+        )
 
     def memory(self, num_pages: int, page_bytes: int, dtype: torch.dtype) -> DeviceMemory:
         return GpuMemory(num_pages, page_bytes, dtype, self.torch_device)

@@ -20,13 +20,15 @@ from rekindle.engine.arena import ArenaMismatch, SharedArena, Tier
 from rekindle.engine.devices import Device, device_of
 from rekindle.engine.graphs import DecodeGraphs, GraphSizes, Recorder
 from rekindle.engine.kernels.interface import Kernels, KVPool
+from rekindle.engine.lora_times import LoraTimer
 from rekindle.engine.memory import page_bytes_for, token_bytes_for
 from rekindle.engine.merging import MergedCopies, Merging, adapter_size
+from rekindle.engine.merging_in_place import InPlaceMerge, own_linears
 from rekindle.engine.models.architecture import Architecture
 from rekindle.engine.models.decoder import Decoder
 from rekindle.engine.models.registry import read_architecture, read_config
 from rekindle.engine.runner import Runner
-from rekindle.engine.scheduler.merging import MergePolicy
+from rekindle.engine.scheduler.merging import MergePolicy, mix_of
 from rekindle.engine.scheduler.plan import StepPlan
 from rekindle.engine.scheduler.scheduler import Scheduler, SchedulerConfig
 from rekindle.engine.weights import Weights, WeightSource
@@ -79,7 +81,8 @@ class Engine:
         opened_s = clock.monotonic_s()
         kernels = device.kernels(set(arch.attention), deterministic=settings.deterministic)
         kernels_s = clock.monotonic_s() - opened_s
-        model = _decoder(settings, arch, weights, kernels, clock, tier)
+        timer = device.lora_timer(arch.num_layers, clock) if _merges(settings) else None
+        model = _decoder(settings, arch, weights, kernels, clock, timer, tier)
         weights.release_pages()
         loaded_s = clock.monotonic_s()
 
@@ -204,6 +207,8 @@ class Engine:
 
     def _advance_merging(self, plan: StepPlan, step_s: float) -> None:
         if self._merging is not None and self._merge_policy is not None:
+            for timed, lora_s in self._runner.lora_times():
+                self._merge_policy.note_step(mix_of(timed.sequences), timed.merged, lora_s)
             for outcome in self._merging.advance(plan.merge_build, step_s):
                 self._merge_policy.note_outcome(outcome)
 
@@ -239,21 +244,22 @@ def _decoder(
     weights: WeightSource,
     kernels: Kernels,
     clock: Clock,
+    timer: LoraTimer | None,
     tier: Tier | None,
 ) -> Decoder:
     context_tokens = settings.model.context_length
     if tier is None or kernels.layout is None:
-        return Decoder(arch, weights, kernels, context_tokens, clock)
+        return Decoder(arch, weights, kernels, context_tokens, timer)
     name = f"{settings.model.digest}/{settings.dtype}/{kernels.layout}"
     # No layout takes twice the room of the weights it is made of, but for the padding of small ones.
     most_bytes = 2 * settings.model.num_parameters * weights.dtype.itemsize + _ARENA_MARGIN_BYTES
     arena = SharedArena(tier, name, _STORED_DTYPES[weights.dtype], most_bytes, clock)
     try:
-        model = Decoder(arch, weights, kernels, context_tokens, clock, arena)
+        model = Decoder(arch, weights, kernels, context_tokens, timer, arena)
         arena.publish()
     except ArenaMismatch as mismatch:
         _logger.error("weights are laid out anew: %s", mismatch)
-        return Decoder(arch, weights, kernels, context_tokens, clock)
+        return Decoder(arch, weights, kernels, context_tokens, timer)
     finally:
         arena.close()
     return model
@@ -272,7 +278,11 @@ def _graphs(
         page_tokens=settings.page_tokens,
         scratch_page=len(pool_PX) - 1,
     )
-    return DecodeGraphs(partial(model.forward, pool=kv), recorder, sizes, pool_PX)
+    return DecodeGraphs(partial(model.forward, pool=kv), recorder, sizes, pool_PX, model.timer)
+
+
+def _merges(settings: EngineSettings) -> bool:
+    return (settings.merge_in_place or settings.merge_bytes > 0) and not settings.deterministic
 
 
 def _merging(
@@ -285,11 +295,13 @@ def _merging(
 ) -> tuple[Merging | None, MergePolicy | None]:
     """Who merges adapters, and who decides on it; nobody where it is switched off. Until a merge was measured, writing
     weights is taken to be as quick as loading them was, which took `load_s`."""
-    if not settings.merge_bytes or settings.deterministic:
+    if not _merges(settings):
         return None, None
-    num_bytes = settings.model.num_parameters * weights.dtype.itemsize
-    copies = MergedCopies(model, weights, resident, settings.merge_bytes, clock)
-    return copies, MergePolicy(load_s / max(num_bytes, 1))
+    write_s_per_byte = load_s / max(settings.model.num_parameters * weights.dtype.itemsize, 1)
+    policy = MergePolicy(write_s_per_byte, in_place=settings.merge_in_place)
+    if settings.merge_in_place:
+        return InPlaceMerge(model, weights, own_linears(model), resident, clock), policy
+    return MergedCopies(model, weights, resident, settings.merge_bytes, clock), policy
 
 
 def _dtype(settings: EngineSettings) -> torch.dtype:

@@ -36,6 +36,7 @@ from rekindle.engine.models.decoder import (
     linear_tensors,
 )
 from rekindle.engine.scheduler.merging import AdapterSize, MergeOutcome, MergeState
+from rekindle.engine.vectors import AdapterVector
 from rekindle.engine.weights import WeightSource
 from rekindle.errors import InternalError
 from rekindle.protocol.adapters import AdapterManifest, LoraBinding
@@ -50,7 +51,7 @@ MOST_ROW_GROWTH = 2.0
 """The same of each row, so that no output of others is rounded at the scale of a single large one."""
 _TINY = 1e-30
 _PIECE_ELEMENTS = 1 << 18
-"""Weights computed at once: their float32 fits a core's second-level cache."""
+"""Weights of a copy computed at once: their float32 fits a core's second-level cache."""
 _BUILD_SHARE = 0.25
 """Time spent on writing a copy, as a part of that spent on steps."""
 _SIGN = -(1 << 63)
@@ -116,10 +117,13 @@ def negated(matrices: AdapterMatrices) -> AdapterMatrices:
 
 
 def merge_linear(
-    weight_NK: torch.Tensor, updates: Sequence[tuple[int, LoraBinding]], vector: Callable[[], torch.Tensor]
+    weight_NK: torch.Tensor,
+    updates: Sequence[tuple[int, LoraBinding]],
+    vector: Callable[[], AdapterVector],
+    piece_elements: int,
 ) -> Iterator[None]:
-    """Turn W into W + sBA, pausing after each piece. `updates` are the first row of each changed module and its update;
-    other rows are not written. `vector` gives the adapter's elements, anew after each pause.
+    """Turn W into W + sBA, pausing after each piece of so many elements. `updates` are the first row of each changed
+    module and its update; other rows are not written. `vector` gives the adapter's elements, anew after each pause.
 
     Raises:
         Unmergeable: the update is too large for its module, whose rows are then written already.
@@ -128,12 +132,12 @@ def merge_linear(
         size, rank = binding.in_features, binding.rank
         squares = torch.zeros(2, dtype=torch.float64, device=weight_NK.device)
         row_growth = torch.zeros((), device=weight_NK.device)
-        piece_rows = max(_PIECE_ELEMENTS // size, 1)
+        piece_rows = max(piece_elements // size, 1)
         for row in range(0, binding.out_features, piece_rows):
             end = min(row + piece_rows, binding.out_features)
-            elements = vector()
-            a_RK = elements[binding.a_offset :][: rank * size].view(rank, size).float()
-            b_RN = elements[binding.b_offset :][: rank * binding.out_features].view(rank, -1)[:, row:end].float()
+            stored = vector()
+            a_RK = stored.elements(binding.a_offset, rank * size).view(rank, size).float()
+            b_RN = stored.elements(binding.b_offset, rank * binding.out_features).view(rank, -1)[:, row:end].float()
             rows = slice(first_row + row, first_row + end)
             merged_NK = weight_NK[rows].to(torch.float32, copy=True)
             before_N = torch.linalg.vector_norm(merged_NK, dim=1)
@@ -167,14 +171,6 @@ def first_rows(place: Place, bindings: Sequence[LoraBinding], arch: Architecture
     value_row = arch.query_size + arch.key_value_size
     offsets = {"k_proj": arch.query_size, "v_proj": value_row, "up_proj": arch.intermediate_size}
     return [(offsets.get(binding.projection, 0), binding) for binding in bindings]
-
-
-def mapped_vector(adapter: ResidentAdapter) -> torch.Tensor:
-    """The elements of an adapter that is mapped as a whole."""
-    vector = adapter.matrices.vector
-    if vector is None:
-        raise InternalError(f"adapter {adapter.manifest.digest} is not mapped as a whole")
-    return vector
 
 
 @dataclass(slots=True)
@@ -301,11 +297,11 @@ class MergedCopies:
     def _write(self, manifest: AdapterManifest) -> Generator[None, None, DecoderWeights]:
         model, arch = self._model, self._model.arch
 
-        def vector() -> torch.Tensor:
+        def vector() -> AdapterVector:
             adapter = self._resident(manifest.digest)
             if adapter is None:
                 raise InternalError(f"adapter {manifest.digest} is to be merged and is not in memory")
-            return mapped_vector(adapter)
+            return adapter.vector
 
         layers, head = list(model.weights.layers), model.weights.head
         for place, bindings in mergeable_places(manifest, arch.num_layers).items():
@@ -313,7 +309,7 @@ class MergedCopies:
             merged_NK = weight_NK.clone()
             self._base.release_pages_of(weight_NK)
             yield
-            yield from merge_linear(merged_NK, first_rows(place, bindings, arch), vector)
+            yield from merge_linear(merged_NK, first_rows(place, bindings, arch), vector, _PIECE_ELEMENTS)
             linear = model.kernels.pack_linear(merged_NK, bias_N)
             layer, name = place
             if name == HEAD:

@@ -6,7 +6,8 @@ A step that fails is run again sequence by sequence, so that only the sequences 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -22,6 +23,7 @@ from rekindle.engine.batch import (
 )
 from rekindle.engine.graphs import DecodeGraphs
 from rekindle.engine.kernels.interface import KVPool
+from rekindle.engine.lora_times import Spans, elapsed_s
 from rekindle.engine.merging import Merging
 from rekindle.engine.models.decoder import Decoder
 from rekindle.engine.sampling import Sampled, SampleRow, logprobs_of, sample
@@ -33,6 +35,8 @@ _logger = logging.getLogger(__name__)
 
 _PROMPT_LOGPROB_ROWS = 64
 """Prompt rows whose logits are held at once."""
+_MAX_UNREAD = 4
+"""Steps whose times may be outstanding: those that sample nothing are run ahead of a GPU."""
 
 
 class Runner:
@@ -52,28 +56,36 @@ class Runner:
         self._device = pool.kv_PLBCD.device
         self._page_tokens = pool.kv_PLBCD.shape[2]
         self._latest_samples: dict[RequestId, tuple[int, ...]] = {}
+        self._timed: deque[tuple[StepPlan, Spans]] = deque(maxlen=_MAX_UNREAD)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute every planned sequence. Never raises for what one sequence did, hence the broad handlers; see
         `SequenceResult.error`."""
         merged = None if self._merging is None else self._merging.prepare(plan.merged)
-        before_s = self._model.lora_s
         try:
             results = self._run(plan.sequences, merged)
             is_as_planned = plan.merged == (merged and merged.digest)
-            lora_s = self._model.lora_s - before_s if is_as_planned else None
         except Exception:
             _logger.exception("step %d failed; running its sequences one by one", plan.step)
             if self._merging is not None:
                 self._merging.prepare(None)
-            results, lora_s = [self._run_alone(planned) for planned in plan.sequences], None
+            results, is_as_planned = [self._run_alone(planned) for planned in plan.sequences], False
+        if self._model.timer is not None:
+            spans = self._model.timer.take()
+            if is_as_planned:
+                self._timed.append((plan, spans))
         self._latest_samples = {
             planned.request.request_id: result.token_ids
             for planned, result in zip(plan.sequences, results, strict=True)
             if result.token_ids
         }
-        return StepResult(plan.step, tuple(results), lora_s)
+        return StepResult(plan.step, tuple(results))
+
+    def lora_times(self) -> Iterator[tuple[StepPlan, float]]:
+        """Steps that ran as planned with the seconds that their low-rank updates took, once each when that is known."""
+        while self._timed and (lora_s := elapsed_s(self._timed[0][1])) is not None:
+            yield self._timed.popleft()[0], lora_s
 
     @torch.inference_mode()
     def between_steps(self) -> None:
@@ -102,8 +114,8 @@ class Runner:
 
     def _forward(self, layout: Layout) -> torch.Tensor:
         embedded_TH = self._embed(layout)
-        is_decode, is_merged_step = len(layout.order) == len(embedded_TH), layout.merged is not None
-        if self._graphs is not None and is_decode and not is_merged_step:
+        is_decode = len(layout.order) == len(embedded_TH)
+        if self._graphs is not None and is_decode:
             hidden_TH = self._graphs.run(embedded_TH, layout.forward)
             if hidden_TH is not None:
                 return hidden_TH

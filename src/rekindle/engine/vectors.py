@@ -36,6 +36,10 @@ class AdapterVector(Protocol):
         """What kernels need to find the matrices that the table describes."""
         ...
 
+    def elements(self, offset: int, count: int) -> torch.Tensor:
+        """Consecutive elements, side by side."""
+        ...
+
     def rows(self, offset: int, columns: int, index_T: torch.Tensor) -> torch.Tensor:
         """Some rows [T, columns] of a matrix."""
         ...
@@ -54,17 +58,20 @@ class MappedVector:
 
     def __init__(self, pages: Pages, dtype: torch.dtype, num_elements: int) -> None:
         self._pages = pages
-        self.elements = pages.tensor(dtype, num_elements, 0)
+        self._elements = pages.tensor(dtype, num_elements, 0)
 
     def matrices(self, table_LPF: torch.Tensor) -> AdapterMatrices:
-        return AdapterMatrices(table_LPF, _max_rank(table_LPF), vector=self.elements)
+        return AdapterMatrices(table_LPF, _max_rank(table_LPF), vector=self._elements)
+
+    def elements(self, offset: int, count: int) -> torch.Tensor:
+        return self._elements[offset : offset + count]
 
     def rows(self, offset: int, columns: int, index_T: torch.Tensor) -> torch.Tensor:
-        num_rows = (len(self.elements) - offset) // columns
-        return self.elements[offset : offset + num_rows * columns].view(num_rows, columns)[index_T]
+        num_rows = (len(self._elements) - offset) // columns
+        return self.elements(offset, num_rows * columns).view(num_rows, columns)[index_T]
 
     def parts(self, offset: int, rows: int, columns: int) -> Iterator[torch.Tensor]:
-        yield self.elements[offset : offset + rows * columns].view(rows, columns)
+        yield self.elements(offset, rows * columns).view(rows, columns)
 
     def close(self) -> None:
         self._pages.close()
@@ -80,6 +87,11 @@ class PagedVector:
     def matrices(self, table_LPF: torch.Tensor) -> AdapterMatrices:
         return AdapterMatrices(table_LPF.to(self._pool_PX.device), _max_rank(table_LPF), pages_M=self._pages_M)
 
+    def elements(self, offset: int, count: int) -> torch.Tensor:
+        first, skipped = divmod(offset, self._pool_PX.shape[1])
+        end = -(-(offset + count) // self._pool_PX.shape[1])
+        return self._pool_PX[self._pages_M[first:end]].flatten()[skipped : skipped + count]
+
     def rows(self, offset: int, columns: int, index_T: torch.Tensor) -> torch.Tensor:
         column = torch.arange(columns, device=self._pool_PX.device)
         element_TC = offset + index_T.unsqueeze(1) * columns + column
@@ -89,8 +101,8 @@ class PagedVector:
     def parts(self, offset: int, rows: int, columns: int) -> Iterator[torch.Tensor]:
         rows_at_once = max(_GATHERED_BYTES // (columns * self._pool_PX.element_size()), 1)
         for first in range(0, rows, rows_at_once):
-            index = torch.arange(first, min(first + rows_at_once, rows), device=self._pool_PX.device)
-            yield self.rows(offset, columns, index)
+            count = min(rows_at_once, rows - first)
+            yield self.elements(offset + first * columns, count * columns).view(count, columns)
 
     def close(self) -> None:
         pass

@@ -16,11 +16,14 @@ import torch
 
 from rekindle.errors import ModelRejected
 from rekindle.store.safetensors_file import TensorEntry, tensor_index
+from rekindle.units import MIB
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 _CPU = torch.device("cpu")
+_WRITTEN_BYTES = 16 * MIB
+"""How much is brought to the device at once to be written."""
 
 
 class WeightSource(Protocol):
@@ -35,6 +38,10 @@ class WeightSource(Protocol):
 
     def fused(self, names: Sequence[str]) -> torch.Tensor:
         """Tensors concatenated along their first dimension."""
+        ...
+
+    def write(self, names: Sequence[str], target: torch.Tensor) -> None:
+        """As `fused`, into memory that is there already."""
         ...
 
     def release_pages(self) -> None:
@@ -79,6 +86,18 @@ class Weights:
             return torch.cat([self.tensor(name) for name in names])
         total = self._view(entries[0].offset, *entries)
         return self._brought(total.view(-1, *entries[0].shape[1:]))
+
+    def write(self, names: Sequence[str], target: torch.Tensor) -> None:
+        row = 0
+        for name in names:
+            entry = self._entries[name]
+            stored = self._view(entry.offset, entry).view(entry.shape)
+            rows_at_once = max(_WRITTEN_BYTES * len(stored) // stored.nbytes, 1)
+            for first in range(0, len(stored), rows_at_once):
+                part = stored[first : first + rows_at_once]
+                target[row : row + len(part)] = self._brought(part)
+                row += len(part)
+            self.release_pages_of(stored)
 
     def release_pages(self) -> None:
         """Let the kernel take back this process's mapped pages; they are read again from the file when touched."""

@@ -16,8 +16,9 @@ class EngineSettings:
     `device` is "cpu" or a CUDA device as torch names it. `memory_bytes` bounds the page pool, which holds KV cache and
     adapters; 0, on a GPU, is what the weights leave free. `max_step_tokens` bounds one forward pass,
     `max_sequences` the sequences running at once, `max_queued` those waiting. `deterministic` selects batch-invariant
-    kernels. `merge_bytes` bounds the weights kept beside the base's with an adapter merged into them; 0 never merges,
-    nor does `deterministic`.
+    kernels. `merge_bytes` bounds the copies of weights with an adapter merged into them that a CPU keeps; 0 never makes
+    any. `merge_in_place` merges into the weights themselves, which is for a device whose memory they are copied to.
+    `deterministic` never merges.
     """
 
     model_dir: str
@@ -32,6 +33,7 @@ class EngineSettings:
     deterministic: bool = False
     device: str = "cpu"
     merge_bytes: int = 0
+    merge_in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,9 @@ class RandomWeights:
     def fused(self, names: Sequence[str]) -> torch.Tensor:
         return torch.cat([self.tensor(name) for name in names])
 
+    def write(self, names: Sequence[str], target: torch.Tensor) -> None:
+        target.copy_(self.fused(names))
+
     def release_pages(self) -> None:
         """Nothing is kept."""
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from rekindle.clock import SystemClock
+from rekindle.engine import engine as engine_module
 from rekindle.engine.devices import CudaDevice, Device
 from rekindle.engine.engine import Engine
 from rekindle.engine.kernels.gpu.triton_kernels import TritonKernels
 from rekindle.engine.kernels.linear import PLAIN
+from rekindle.engine.scheduler.merging import MergeState
 from rekindle.protocol.generation import GenerateRequest
 from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.replica import EngineSettings
@@ -21,6 +23,7 @@ from rekindle.protocol.sampling import SamplingParams
 from rekindle.testing.random_model import RandomWeights, model_manifest, named, write_adapter
 from rekindle.units import MIB
 from support.devices import PagedDevice, RerunRecorder
+from support.policies import ToldPolicy
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -41,10 +44,14 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class Driven:
     """An engine with three adapters of different ranks, stepped until its requests have ended."""
 
-    def __init__(self, directory: Path, device: Device | None, torch_device: torch.device) -> None:
+    def __init__(
+        self, directory: Path, device: Device | None, torch_device: torch.device, *, merge_in_place: bool = False
+    ) -> None:
         (directory / "config.json").write_text(json.dumps(CONFIG))
         model = model_manifest(CONFIG)
-        settings = EngineSettings(str(directory), model, "float32", 2 * MIB, 16, 64, 8, 64, 1)
+        settings = EngineSettings(
+            str(directory), model, "float32", 2 * MIB, 16, 64, 8, 64, 1, merge_in_place=merge_in_place
+        )
         self._wakened = threading.Event()
         # So spread out that no two tokens are almost as likely.
         weights = RandomWeights(CONFIG, torch.float32, torch_device, deviation=0.12, drawn_on=torch.device("cpu"))
@@ -76,8 +83,12 @@ class Driven:
 
 
 @pytest.fixture
-def pair(tmp_path: Path, device: torch.device) -> Iterator[tuple[Driven, Driven, Callable[[], int]]]:
-    """An engine of this device, one of the CPU, and how many steps of the first were replayed."""
+def pair(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Driven, Driven, Callable[[], int]]]:
+    """An engine of this device, whose policy merges what it is told, one of the CPU, and how many steps of the first
+    were replayed."""
+    monkeypatch.setattr(engine_module, "MergePolicy", ToldPolicy)
     recorder = RerunRecorder()
     on_gpu: Device = PagedDevice(lambda: TritonKernels(PLAIN), recorder)
     if device.type == "cuda":
@@ -85,7 +96,8 @@ def pair(tmp_path: Path, device: torch.device) -> Iterator[tuple[Driven, Driven,
     directories = [tmp_path / name for name in ("gpu", "cpu")]
     for directory in directories:
         directory.mkdir()
-    ours, theirs = Driven(directories[0], on_gpu, device), Driven(directories[1], None, torch.device("cpu"))
+    ours = Driven(directories[0], on_gpu, device, merge_in_place=True)
+    theirs = Driven(directories[1], None, torch.device("cpu"))
     yield ours, theirs, lambda: sum(recording.num_replays for recording in recorder.recordings)
     ours.engine.close()
     theirs.engine.close()
@@ -112,3 +124,23 @@ def test_draws_are_those_of_the_cpu(pair: tuple[Driven, Driven, Callable[[], int
     prompts = prompts_of([4, 4, 4])
     sampling = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2}
     assert ours.texts(prompts, 5, **sampling) == theirs.texts(prompts, 5, **sampling)
+
+
+def test_text_is_that_of_the_cpu_while_an_adapter_is_merged_in_place(
+    pair: tuple[Driven, Driven, Callable[[], int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs, _ = pair
+    policy, told = ours.engine._merge_policy, []
+    assert isinstance(policy, ToldPolicy)
+    monkeypatch.setattr(policy, "note_step", lambda *arguments: told.append(arguments))
+    prompts = prompts_of([5, 9, 1, 7])
+    expected = theirs.texts(prompts, 8)
+    ours.texts(prompts, 1)  # so that all start together
+    policy.target = ours.digests[2]
+    assert ours.texts(prompts, 8) == expected
+    policy.target = None
+    assert ours.texts(prompts[:1], 2) == {name: text[:2] for name, text in expected.items() if name == "r0"}
+    assert [outcome.state for outcome in policy.news] == [MergeState.READY, MergeState.RESTORED]
+    assert ours.engine.stats().steps_merged_total == 8
+    assert sum(merged is not None for _, merged, _ in told) == 8
+    assert all(seconds > 0 for mix, merged, seconds in told if mix.rows_of.keys() - {merged})

@@ -33,14 +33,14 @@ class OneDnnLinear:
 
 
 class PlainLinear:
-    """A linear layer on the weight as stored."""
+    """A linear layer on the weight as stored: what is written to it shows in the next call."""
 
     def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> None:
         self.out_features, self.in_features = weight_NK.shape
-        self._weight_NK, self._bias_N = weight_NK, bias_N
+        self.weight_NK, self._bias_N = weight_NK, bias_N
 
     def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
-        return F.linear(x_TK, self._weight_NK, self._bias_N)
+        return F.linear(x_TK, self.weight_NK, self._bias_N)
 
 
 class TiledLinear:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from rekindle.clock import Clock
 from rekindle.engine.arena import OWN_ARENA, Arena
 from rekindle.engine.kernels.interface import (
     AttentionBatch,
@@ -21,6 +21,7 @@ from rekindle.engine.kernels.interface import (
     LoraGroup,
     PackedLinear,
 )
+from rekindle.engine.lora_times import LoraTimer
 from rekindle.engine.models.architecture import Architecture
 from rekindle.engine.weights import WeightSource
 
@@ -78,7 +79,7 @@ def head_name(arch: Architecture) -> str:
 class Decoder:
     """A decoder-only transformer ready to run: weights packed for `kernels` in `arena`, rotary tables computed.
 
-    `lora_s` sums the seconds spent in calls of the lora kernel, by `clock`.
+    Calls of the lora kernel are marked by `timer`, if there is one.
     """
 
     def __init__(
@@ -87,13 +88,12 @@ class Decoder:
         weights: WeightSource,
         kernels: Kernels,
         max_context_tokens: int,
-        clock: Clock,
+        timer: LoraTimer | None = None,
         arena: Arena = OWN_ARENA,
     ) -> None:
         self.arch = arch
-        self._clock = clock
         self.kernels = kernels
-        self.lora_s = 0.0
+        self.timer = timer
         self._embed_VH = weights.tensor("model.embed_tokens.weight")
         self._dtype = self._embed_VH.dtype
         self.weights = DecoderWeights(
@@ -176,10 +176,13 @@ class Decoder:
     ) -> None:
         """Add what adapters change in the outputs of one fused linear."""
         for batch in updates:
-            if batch is not None:
-                started_s = self._clock.monotonic_s()
-                self.kernels.lora(x_TK, y_TN, batch, index, group)
-                self.lora_s += self._clock.monotonic_s() - started_s
+            if batch is None:
+                continue
+            call = partial(self.kernels.lora, x_TK, y_TN, batch, index, group)
+            if self.timer is None:
+                call()
+            else:
+                self.timer.run(index, call)
 
     def _cap(self, logits_RV: torch.Tensor) -> torch.Tensor:
         cap = self.arch.logit_softcap
@@ -249,7 +252,11 @@ class Decoder:
 
 def linear_tensors(weights: WeightSource, index: int, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias, if any, of the fused linear `name` of `LINEARS` in layer `index`."""
-    modules = [f"model.layers.{index}.{module}" for module in LINEARS[name]]
-    has_bias = weights.has(f"{modules[0]}.bias")
-    bias_N = weights.fused([f"{module}.bias" for module in modules]) if has_bias else None
-    return weights.fused([f"{module}.weight" for module in modules]), bias_N
+    bias_names = linear_names(index, name, "bias")
+    bias_N = weights.fused(bias_names) if weights.has(bias_names[0]) else None
+    return weights.fused(linear_names(index, name, "weight")), bias_N
+
+
+def linear_names(index: int, name: str, kind: str) -> list[str]:
+    """The tensors of a kind, "weight" or "bias", of the fused linear `name` in layer `index`."""
+    return [f"model.layers.{index}.{module}.{kind}" for module in LINEARS[name]]

@@ -68,12 +68,13 @@ class MergeState(Enum):
     READY = auto()
     REFUSED = auto()
     DROPPED = auto()
+    RESTORED = auto()
 
 
 @dataclass(frozen=True, slots=True)
 class MergeOutcome:
     """News of an adapter's merged weights. READY: writing `num_bytes` took `seconds`. REFUSED: they will not be, for
-    `reason`."""
+    `reason`. DROPPED: the copy is gone. RESTORED: the base's weights are back in their place, which took `seconds`."""
 
     digest: AdapterDigest
     state: MergeState
@@ -96,10 +97,11 @@ def mix_of(sequences: Iterable[PlannedSequence]) -> StepMix:
 
 
 class MergePolicy:
-    """See the module. `write_s_per_byte` is the price of writing merged weights until it has been measured."""
+    """See the module. `write_s_per_byte` is the price of writing merged weights, and of restoring the base's, until
+    it has been measured."""
 
     def __init__(self, write_s_per_byte: float, *, in_place: bool = False) -> None:
-        self._write_s_per_byte = write_s_per_byte
+        self._write_s_per_byte = self._restore_s_per_byte = write_s_per_byte
         self._in_place = in_place
         self._times = LinearModel(_FIRST_GUESS, _SCALES)
         self._sizes: dict[AdapterDigest, AdapterSize] = {}
@@ -133,6 +135,9 @@ class MergePolicy:
     def note_outcome(self, outcome: MergeOutcome) -> None:
         """Take notice of what became of merged weights."""
         digest = outcome.digest
+        if outcome.state is MergeState.RESTORED:
+            self._restore_s_per_byte = outcome.seconds / max(outcome.num_bytes, 1)
+            return
         self._losses.pop(digest, None)
         if self._building == digest:
             self._building = None
@@ -215,7 +220,7 @@ class MergePolicy:
             if mode == self.merged:
                 continue
             lost_s = self._lose(mode, self.lora_s(mix, self.merged) - self.lora_s(mix, mode), now_s)
-            if lost_s > self._price_s(self.merged) + self._price_s(mode):
+            if lost_s > self._leaving_price_s() + self._price_s(mode):
                 reasons.append(f"weights are rewritten: steps of late lost {lost_s:.3f} s, which is more than it costs")
                 self.merged = mode
                 self._losses.clear()
@@ -244,6 +249,9 @@ class MergePolicy:
         if len(self._losses) > _MAX_TRACKED:
             del self._losses[min(self._losses.keys() - {self._building}, key=lambda it: self._losses[it][0])]
         return lost_s
+
+    def _leaving_price_s(self) -> float:
+        return 0.0 if self.merged is None else self._sizes[self.merged].merge_bytes * self._restore_s_per_byte
 
     def _price_s(self, mode: AdapterDigest | None) -> float:
         return 0.0 if mode is None else self._sizes[mode].merge_bytes * self._write_s_per_byte

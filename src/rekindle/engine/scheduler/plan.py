@@ -85,9 +85,7 @@ class SequenceResult:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Results of a plan's sequences, in its order. `lora_s` are the seconds that adding low-rank updates took, None if
-    they were not measured or the step did not run as planned."""
+    """Results of a plan's sequences, in its order."""
 
     step: int
     sequences: tuple[SequenceResult, ...] = field(default=())
-    lora_s: float | None = None

@@ -211,8 +211,6 @@ class Scheduler:
         if not plan.sequences:
             return ()
         timelines = self._take_in_flight(plan, result)
-        if self._merging is not None and result.lora_s is not None:
-            self._merging.note_step(mix_of(plan.sequences), plan.merged, result.lora_s)
         chunks = []
         for (sequence, timeline), planned, outcome in zip(timelines, plan.sequences, result.sequences, strict=True):
             sequence.num_in_flight -= 1
