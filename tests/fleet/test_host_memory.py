@@ -202,7 +202,8 @@ async def test_a_holder_that_leaves_while_its_object_is_unpacked_leaves_no_lease
         await until_packed(memory)
         for _ in range(3):
             impatient = await memory.connect()
-            impatient.send(msgspec.msgpack.encode(Lease("noisy")))
+            for _ in range(3):
+                impatient.send(msgspec.msgpack.encode(Lease("noisy")))
             impatient.close()
             await until_packed(memory)
             async with asyncio.timeout(60):

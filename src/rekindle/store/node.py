@@ -165,21 +165,25 @@ class TierNode:
 
     def _unpacked(self, held: TierObject[int], result: int | Exception) -> None:
         name = held.made.name
-        holders = [holder for holder in self._waiting.pop(name, []) if holder in self._leases]
         if isinstance(result, Exception):
             self._tier.discard(held)
         else:
             self._tier.unpacked(held, result)
-        for holder in holders:
+        for holder in self._waiting.pop(name, []):
+            if holder not in self._leases:
+                continue
             try:
                 self._lease(holder, name)
             except OSError:
                 self._part_with(holder)
 
     def _part_with(self, holder: socket.socket) -> None:
-        self._selector.unregister(holder)
-        holder.close()
-        self._tier.release(self._leases.pop(holder))
+        """End a holder's leases; it may have gone already, when several things happen to it at once."""
+        leases = self._leases.pop(holder, None)
+        if leases is not None:
+            self._selector.unregister(holder)
+            holder.close()
+            self._tier.release(leases)
 
 
 def _send(connection: socket.socket, reply: Reply, *descriptors: int) -> None:
