@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from rekindle.engine import host_memory, vectors
+from rekindle.engine import host_memory
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.identity import AdapterDigest
+from rekindle.store import vector_sources
 from rekindle.store.adapter_import import import_adapter
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
@@ -151,7 +152,7 @@ def test_a_load_that_fails_for_whatever_reason_ends_its_requests_and_no_others(
     digest = engine.add_adapter(served.adapter_dirs["regex"], import_adapter_again(served, "regex"))
     prompt = random_prompts()[1]
     with monkeypatch.context() as patched:
-        patched.setattr(vectors, "data_section", lambda path: 1 / 0)
+        patched.setattr(vector_sources, "read_checksums", lambda path: 1 / 0)
         outputs = engine.run([greedy("bad", prompt, 4, digest), greedy("good", prompt, 4)])
     assert "could not be loaded: division by zero" in (outputs["bad"].error or "")
     assert outputs["good"].token_ids == oracle_greedy(served.base, prompt, 4)

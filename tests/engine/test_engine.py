@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from rekindle.clock import ManualClock
+from rekindle.clock import ManualClock, SystemClock
+from rekindle.engine.adapter_sources import AdapterSources
 from rekindle.engine.adapters import AdapterMemory
 from rekindle.engine.devices import CudaDevice
 from rekindle.engine.engine import CHECK_INTERVAL_S
+from rekindle.engine.host_memory import HostMemory
 from rekindle.engine.models.decoder import Decoder
 from rekindle.engine.scheduler.plan import AdapterLoad
 from rekindle.engine.scheduler.scheduler import Scheduler
 from rekindle.errors import ConfigurationError, InternalError, InvalidRequest, ModelRejected, NotFound
+from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.generation import FinishReason, GenerateRequest
 from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.models import ModelManifest
@@ -205,19 +208,19 @@ def test_an_engine_that_closes_does_not_carry_out_the_loads_that_wait(tmp_path: 
     begun: list[object] = []
     may_go_on = threading.Event()
 
-    class Loader:
-        def fence(self) -> None: ...
-
-        def load(self, manifest: Any, pages: Any, path: Path, fence: object) -> Any:
+    class Disk(AdapterSources):
+        def bring(self, manifest: AdapterManifest, path: Path, load: Any) -> Any:
             begun.append(path)
             may_go_on.wait(10)
             raise OSError("the disk is gone")
 
-    memory = AdapterMemory(Loader(), 2, lambda: None)
+    pool = HostMemory(16, 4096, torch.bfloat16)
+    memory = AdapterMemory(pool, Disk(pool.pace, SystemClock()), 2, lambda: None)
     for i in range(5):
         memory.start_load(AdapterLoad(make_manifest(f"a{i}"), f"/nowhere/{i}", (i,)))
     while not begun:
         time.sleep(0.001)
     threading.Timer(0.05, may_go_on.set).start()
     memory.close()
+    pool.close()
     assert begun == [Path("/nowhere/0")]

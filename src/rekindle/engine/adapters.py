@@ -13,22 +13,31 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from rekindle.engine.adapter_sources import AdapterSources
 from rekindle.engine.kernels.interface import LORA_FIELDS, PROJECTIONS, AdapterMatrices
 from rekindle.engine.scheduler.plan import AdapterLoad
 from rekindle.engine.vectors import AdapterVector
+from rekindle.pace import Pace
 from rekindle.protocol.adapters import AdapterManifest, LoraBinding, ReplacedMatrix
 from rekindle.protocol.identity import AdapterDigest
+from rekindle.store.vector_sources import VectorSource
 
 _logger = logging.getLogger(__name__)
 
 
 class VectorLoader(Protocol):
     """The part of a device's memory that adapters come through."""
+
+    @property
+    def pace(self) -> Pace:
+        """What loads keep to."""
+        ...
 
     def fence(self) -> object:
         """A mark after all work that has been given to the device; called by the step loop."""
@@ -38,13 +47,10 @@ class VectorLoader(Protocol):
         """Whether steps run from now on, which loads are not to delay; called by the step loop."""
         ...
 
-    def load(self, manifest: AdapterManifest, pages: Sequence[int], path: Path, fence: object) -> AdapterVector:
-        """Fill the pages from a file, once the work before `fence` has ended; called by the reader thread.
-
-        Raises:
-            AdapterRejected: the file holds less than the manifest says.
-            OSError: it cannot be read.
-        """
+    def load(
+        self, manifest: AdapterManifest, pages: Sequence[int], source: VectorSource, fence: object
+    ) -> AdapterVector:
+        """Fill the pages, once the work before `fence` has ended; called by the reader thread. Raises as `source`."""
         ...
 
 
@@ -76,8 +82,10 @@ class LoadOutcome:
 class AdapterMemory:
     """Loads, keeps and evicts adapters in pool pages. All methods belong to the step loop's thread."""
 
-    def __init__(self, loader: VectorLoader, num_layers: int, wake: Callable[[], None]) -> None:
-        self._loader, self._num_layers, self._wake = loader, num_layers, wake
+    def __init__(
+        self, loader: VectorLoader, sources: AdapterSources, num_layers: int, wake: Callable[[], None]
+    ) -> None:
+        self._loader, self._sources, self._num_layers, self._wake = loader, sources, num_layers, wake
         self._resident: dict[AdapterDigest, ResidentAdapter] = {}
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[tuple[LoadOutcome, ResidentAdapter | None]] = queue.SimpleQueue()
@@ -118,7 +126,7 @@ class AdapterMemory:
 
         The reader unmaps it: entries of a page table are many, and a step would wait.
         """
-        self._work.put(self._resident.pop(digest).vector.close)
+        self._work.put(partial(self._let_go, self._resident.pop(digest)))
 
     def resident(self) -> tuple[AdapterDigest, ...]:
         """Digests of all resident adapters."""
@@ -131,8 +139,13 @@ class AdapterMemory:
         self._reader.join()
         self.finished()
         for adapter in self._resident.values():
-            adapter.vector.close()
+            self._let_go(adapter)
         self._resident.clear()
+        self._sources.close()
+
+    def _let_go(self, adapter: ResidentAdapter) -> None:
+        adapter.vector.close()
+        self._sources.let_go(adapter.manifest.digest)
 
     def _read_loop(self) -> None:
         while (work := self._work.get()) is not None:
@@ -146,7 +159,9 @@ class AdapterMemory:
         """Whatever goes wrong is the fate of this load, and the reader goes on, hence the broad handler."""
         manifest = load.manifest
         try:
-            vector = self._loader.load(manifest, load.pages, Path(load.path), fence)
+            vector = self._sources.bring(
+                manifest, Path(load.path), lambda source: self._loader.load(manifest, load.pages, source, fence)
+            )
             try:
                 return LoadOutcome(manifest.digest), self._resident_view(manifest, vector)
             except BaseException:

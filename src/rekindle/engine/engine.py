@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from rekindle.clock import Clock
+from rekindle.engine.adapter_sources import AdapterSources
 from rekindle.engine.adapters import AdapterMemory, ResidentAdapter
-from rekindle.engine.arena import ArenaMismatch, SharedArena, Tier
+from rekindle.engine.arena import ArenaMismatch, SharedArena
 from rekindle.engine.devices import Device, device_of
 from rekindle.engine.graphs import DecodeGraphs, GraphSizes, Recorder
 from rekindle.engine.kernels.interface import Kernels, KVPool
@@ -38,6 +39,7 @@ from rekindle.protocol.generation import GenerateRequest, TokenChunk
 from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.replica import EngineReady, EngineSettings, EngineStats
 from rekindle.store.model_layout import tensor_shapes
+from rekindle.store.tier_client import TierClient
 from rekindle.units import MIB, format_bytes
 
 _logger = logging.getLogger(__name__)
@@ -66,7 +68,7 @@ class Engine:
         wake: Callable[[], None],
         device: Device | None = None,
         weights: WeightSource | None = None,
-        tier: Tier | None = None,
+        tier: TierClient | None = None,
     ) -> None:
         started_s = clock.monotonic_s()
         device = device or device_of(settings)
@@ -92,7 +94,8 @@ class Engine:
         num_pages = pool_bytes // page_bytes
         _check_pool(num_pages, page_bytes, pool_bytes)
         self._memory = device.memory(num_pages, page_bytes, dtype)
-        self._adapters = AdapterMemory(self._memory, arch.num_layers, wake)
+        sources = AdapterSources(self._memory.pace, clock, tier)
+        self._adapters = AdapterMemory(self._memory, sources, arch.num_layers, wake)
         kv = self._memory.kv(shape, arch.num_layers, settings.page_tokens)
         graphs = _graphs(settings, model, kv, self._memory.pool_PX, device.recorder())
         self._merging, self._merge_policy = _merging(
@@ -245,7 +248,7 @@ def _decoder(
     kernels: Kernels,
     clock: Clock,
     timer: LoraTimer | None,
-    tier: Tier | None,
+    tier: TierClient | None,
 ) -> Decoder:
     context_tokens = settings.model.context_length
     if tier is None or kernels.layout is None:

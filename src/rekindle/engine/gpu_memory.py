@@ -8,15 +8,16 @@ load ends only when its last copy has. Everything here also runs on a tensor of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from rekindle.engine.kernels.interface import AttentionShape, KVPool
 from rekindle.engine.memory import kv_of_pages
-from rekindle.engine.vectors import PagedVector, VectorFile
+from rekindle.engine.vectors import PagedVector, dtype_of
 from rekindle.errors import ConfigurationError
+from rekindle.pace import Pace
 from rekindle.protocol.adapters import AdapterManifest
+from rekindle.store.vector_sources import VectorSource
 from rekindle.units import MIB, format_bytes
 
 _STAGED_BYTES = 16 * MIB
@@ -33,6 +34,7 @@ class GpuMemory:
 
     def __init__(self, num_pages: int, page_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
+        self.pace = Pace()  # never told that steps run: copies do not keep kernels from running
         try:
             self.pool_PX = torch.zeros(num_pages + 1, page_bytes // dtype.itemsize, dtype=dtype, device=device)
         except torch.OutOfMemoryError as error:
@@ -47,19 +49,18 @@ class GpuMemory:
         return self._copies.fence()
 
     def give_way(self, is_busy: bool) -> None:
-        """Copies do not keep kernels from running."""
+        """Loads are no hindrance to kernels."""
 
-    def load(self, manifest: AdapterManifest, pages: Sequence[int], path: Path, fence: object) -> PagedVector:
+    def load(self, manifest: AdapterManifest, pages: Sequence[int], source: VectorSource, fence: object) -> PagedVector:
         assert fence is None or isinstance(fence, torch.cuda.Event)
         self._copies.wait_for(fence)
         piece_elements = self._copies.staged_bytes // self._dtype.itemsize
         try:
-            with VectorFile(path, manifest) as file:
-                for first in range(0, file.num_elements, piece_elements):
-                    staged = self._copies.next_buffer().view(self._dtype)
-                    count = min(piece_elements, file.num_elements - first)
-                    self._stage(file, first, staged[:count])
-                    self._copy_to_pages(staged[:count], pages, first)
+            for first in range(0, manifest.num_elements, piece_elements):
+                staged = self._copies.next_buffer().view(self._dtype)
+                count = min(piece_elements, manifest.num_elements - first)
+                self._stage(source, dtype_of(manifest), staged[:count])
+                self._copy_to_pages(staged[:count], pages, first)
         finally:
             self._copies.finish()
         return PagedVector(self.pool_PX, pages)
@@ -67,12 +68,12 @@ class GpuMemory:
     def close(self) -> None:
         """The tensor goes with its last reference."""
 
-    def _stage(self, file: VectorFile, first: int, staged: torch.Tensor) -> None:
-        if file.dtype == self._dtype:
-            file.read([staged.view(torch.uint8).numpy().data], first)
+    def _stage(self, source: VectorSource, dtype: torch.dtype, staged: torch.Tensor) -> None:
+        if dtype == self._dtype:
+            source.read([staged.view(torch.uint8).numpy().data])
             return
-        own = torch.empty(len(staged), dtype=file.dtype)
-        file.read([own.view(torch.uint8).numpy().data], first)
+        own = torch.empty(len(staged), dtype=dtype)
+        source.read([own.view(torch.uint8).numpy().data])
         staged.copy_(own)
 
     def _copy_to_pages(self, piece: torch.Tensor, pages: Sequence[int], first: int) -> None:

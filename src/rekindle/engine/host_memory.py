@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from rekindle.engine.kernels.interface import AttentionShape, KVPool
 from rekindle.engine.memory import PagePool
-from rekindle.engine.pace import Pace
-from rekindle.engine.vectors import MappedVector, VectorFile
+from rekindle.engine.vectors import MappedVector, dtype_of, read_pieces
+from rekindle.pace import Pace
 from rekindle.protocol.adapters import AdapterManifest
+from rekindle.store.vector_sources import VectorSource
 
 _STAGED_ELEMENTS = 1 << 15
 """How much of a file in another dtype is converted at once: no more than torch does in the calling thread alone."""
@@ -23,8 +23,8 @@ class HostMemory:
     pool_PX: torch.Tensor | None = None
 
     def __init__(self, num_pages: int, page_bytes: int, dtype: torch.dtype) -> None:
-        self._pace = Pace()
-        self._pool, self._dtype = PagePool(num_pages, page_bytes, self._pace.rest), dtype
+        self.pace = Pace()
+        self._pool, self._dtype = PagePool(num_pages, page_bytes, self.pace.rest), dtype
 
     def kv(self, shape: AttentionShape, num_layers: int, page_tokens: int) -> KVPool:
         return self._pool.kv(shape, num_layers, page_tokens, self._dtype)
@@ -33,24 +33,25 @@ class HostMemory:
         """Nothing runs after a step has returned."""
 
     def give_way(self, is_busy: bool) -> None:
-        self._pace.give_way(is_busy)
+        self.pace.give_way(is_busy)
 
-    def load(self, manifest: AdapterManifest, pages: Sequence[int], path: Path, fence: object) -> MappedVector:
-        with VectorFile(path, manifest, self._pace.rest) as file:
-            is_stored_as_used = file.dtype == self._dtype
-            if is_stored_as_used:
-                # Pages used before are mapped in the pool already; through a new mapping each would fault on the way.
-                file.read(self._pool.views(pages, file.num_elements * file.dtype.itemsize))
-            mapped = self._pool.map_pages(pages)
-            try:
-                if not is_stored_as_used:
-                    for first, piece in file.read_pieces(_STAGED_ELEMENTS):
-                        mapped.tensor(self._dtype, len(piece), first).copy_(piece)
-                mapped.populate()
-                return MappedVector(mapped, self._dtype, manifest.num_elements)
-            except BaseException:
-                mapped.close()
-                raise
+    def load(
+        self, manifest: AdapterManifest, pages: Sequence[int], source: VectorSource, fence: object
+    ) -> MappedVector:
+        dtype = dtype_of(manifest)
+        if dtype == self._dtype:
+            # Pages used before are mapped in the pool already; through a new mapping each would fault on the way.
+            source.read(self._pool.views(pages, source.num_bytes))
+        mapped = self._pool.map_pages(pages)
+        try:
+            if dtype != self._dtype:
+                for first, piece in read_pieces(source, dtype, _STAGED_ELEMENTS):
+                    mapped.tensor(self._dtype, len(piece), first).copy_(piece)
+            mapped.populate()
+            return MappedVector(mapped, self._dtype, manifest.num_elements)
+        except BaseException:
+            mapped.close()
+            raise
 
     def close(self) -> None:
         self._pool.close()

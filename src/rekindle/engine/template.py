@@ -20,6 +20,7 @@ import selectors
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 import msgspec
@@ -27,7 +28,10 @@ import msgspec
 from rekindle.clock import SystemClock
 from rekindle.engine.engine import Engine
 from rekindle.engine.process import EngineFactory, serve, with_tier
+from rekindle.errors import ConfigurationError
 from rekindle.protocol.template import MAX_MESSAGE_BYTES, Answer, Ended, Forked, Ready
+from rekindle.store.codecs.interface import Format
+from rekindle.store.codecs.registry import codec_for
 
 _logger = logging.getLogger(__name__)
 
@@ -46,6 +50,8 @@ class Template:
         gc.freeze()  # a collection in a fork would write to, and so copy, every page that holds an object
         self._selector.register(self._control, selectors.EVENT_READ)
         self._tell(Ready())
+        with suppress(ConfigurationError):  # it proves itself once, here, and not in every engine
+            codec_for(Format.DEFLATE_PLANES)
         while True:
             for key, _ in self._selector.select():
                 if key.fileobj is not self._control:

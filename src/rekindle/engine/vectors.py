@@ -1,4 +1,4 @@
-"""An adapter's flat vector in device memory: how its matrices are seen, and how its bytes come from a file.
+"""An adapter's flat vector in device memory, and how its matrices are seen.
 
 On a CPU the vector's pages are mapped side by side and every matrix is a view. On a GPU they stay where they are, and
 what no kernel reads straight from the pages is gathered when it is needed.
@@ -6,25 +6,18 @@ what no kernel reads straight from the pages is gathered when it is needed.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 
 from rekindle.engine.kernels.interface import RANK_FIELD, AdapterMatrices
 from rekindle.engine.memory import Pages
-from rekindle.errors import AdapterRejected
 from rekindle.protocol.adapters import AdapterManifest
-from rekindle.store.safetensors_file import data_section
+from rekindle.store.vector_sources import VectorSource
 from rekindle.units import MIB
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PIECE_BYTES = 64 << 10
-"""How much one call reads."""
-
 _GATHERED_BYTES = 64 * MIB
 """How much of a whole matrix is gathered from pages at once."""
 
@@ -112,51 +105,21 @@ def _max_rank(table_LPF: torch.Tensor) -> int:
     return int(table_LPF[..., RANK_FIELD].max())
 
 
-class VectorFile:
-    """The vector of a stored adapter, opened for reading; `rest` is called after every piece read.
+def dtype_of(manifest: AdapterManifest) -> torch.dtype:
+    """Of the elements as they are stored."""
+    return _DTYPES[manifest.dtype]
 
-    Raises:
-        AdapterRejected: the file holds less than the manifest says.
-        OSError: it cannot be read.
-    """
 
-    def __init__(self, path: Path, manifest: AdapterManifest, rest: Callable[[], None] = lambda: None) -> None:
-        self._rest = rest
-        self.dtype, self.num_elements = _DTYPES[manifest.dtype], manifest.num_elements
-        section = data_section(path)
-        expected_bytes = self.num_elements * self.dtype.itemsize
-        if section.num_bytes < expected_bytes:
-            raise AdapterRejected(f"{path.name} holds {section.num_bytes} bytes of tensors, {expected_bytes} expected")
-        self._offset = section.offset
-        self._file = path.open("rb", buffering=0)
+def stored_bytes(manifest: AdapterManifest) -> int:
+    """Length of the vector as it is stored."""
+    return manifest.num_elements * dtype_of(manifest).itemsize
 
-    def read(self, targets: Sequence[memoryview], first: int = 0) -> None:
-        """Fill buffers of bytes, one after the other, with elements from `first` on, in the file's own dtype."""
-        offset = self._offset + first * self.dtype.itemsize
-        for target in targets:
-            done = 0
-            while done < len(target):
-                count = os.preadv(self._file.fileno(), [target[done : done + _PIECE_BYTES]], offset)
-                if count == 0:
-                    raise AdapterRejected(f"the adapter's file ends at byte {offset}, before all its tensors")
-                done += count
-                offset += count
-                self._rest()
 
-    def read_pieces(self, num_elements: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first element, elements in the file's own dtype) of pieces of at most `num_elements`. A piece is valid until
-        the next is asked for."""
-        staged = bytearray(num_elements * self.dtype.itemsize)
-        for first in range(0, self.num_elements, num_elements):
-            count = min(num_elements, self.num_elements - first)
-            piece = memoryview(staged)[: count * self.dtype.itemsize]
-            self.read([piece], first)
-            yield first, torch.frombuffer(piece, dtype=self.dtype)
-
-    def __enter__(self) -> VectorFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+def read_pieces(source: VectorSource, dtype: torch.dtype, num_elements: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first element, elements in the source's own `dtype`) of pieces of at most `num_elements`. A piece is valid until
+    the next is asked for."""
+    staged = bytearray(num_elements * dtype.itemsize)
+    for first in range(0, source.num_bytes // dtype.itemsize, num_elements):
+        piece = memoryview(staged)[: source.num_bytes - first * dtype.itemsize]
+        source.read([piece])
+        yield first, torch.frombuffer(piece, dtype=dtype)

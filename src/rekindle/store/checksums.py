@@ -15,10 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xxhash import xxh3_64, xxh3_64_intdigest
-
 from rekindle.errors import StoredFileDamaged
 from rekindle.store.safetensors_file import Bytes, TensorStream, encode_header, write_tensors
+from rekindle.store.xxh3 import xxh3_64, xxh3_64_of
 from rekindle.units import MIB
 
 CHUNK_BYTES = 4 * MIB
@@ -43,46 +42,94 @@ class Checksums:
         Raises:
             StoredFileDamaged: it differs.
         """
-        if xxh3_64_intdigest(chunk) != self.digests[offset // self.chunk_bytes]:
+        self.compare(offset // self.chunk_bytes, xxh3_64_of(chunk))
+
+    def compare(self, index: int, digest: int) -> None:
+        """Raise StoredFileDamaged unless the chunk of that index hashes to `digest`."""
+        if index >= len(self.digests) or digest != self.digests[index]:
+            begin = index * self.chunk_bytes
             raise StoredFileDamaged(
-                f"{self.name} is damaged: its bytes {offset} to {offset + len(chunk)} are not those that were "
-                "imported; check the disk, remove the entry and import it again"
+                f"{self.name} is damaged: its bytes {begin} to {min(begin + self.chunk_bytes, self.file_bytes)} are "
+                "not those that were imported; check the disk, remove the entry and import it again"
             )
 
     def encode(self) -> bytes:
         """The index file's content."""
         words = (_MAGIC, self.chunk_bytes, self.file_bytes, *self.digests)
         raw = struct.pack(f"<{len(words)}Q", *words)
-        return raw + struct.pack("<Q", xxh3_64_intdigest(raw))
+        return raw + struct.pack("<Q", xxh3_64_of(raw))
 
 
-class ChecksumBuilder:
-    """Checksums of a file whose bytes come in order, in pieces of any size."""
+class _ChunkDigests:
+    """The checksum of each chunk of a file whose bytes come in order, in pieces of any size."""
 
-    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, chunk_bytes: int) -> None:
         self._chunk_bytes, self._file_bytes = chunk_bytes, 0
-        self._digests: list[int] = []
         self._current = xxh3_64()
 
-    def update(self, piece: Bytes) -> None:
-        """Take the next bytes of the file."""
+    def update(self, piece: Bytes) -> list[int]:
+        """Take the next bytes of the file; returns the checksums of the chunks that they complete."""
+        digests = []
         view = memoryview(piece)
-        if not view.nbytes:
-            return
-        left = view.cast("B")
+        left = view.cast("B") if view.nbytes else b""
         while left:
             room = self._chunk_bytes - self._file_bytes % self._chunk_bytes
             part, left = left[:room], left[room:]
             self._current.update(part)
             self._file_bytes += len(part)
             if len(part) == room:
-                self._digests.append(self._current.intdigest())
+                digests.append(self._current.intdigest())
                 self._current.reset()
+        return digests
+
+    def finish(self) -> tuple[int, list[int]]:
+        """The file's length, and the checksum of its last chunk unless it was complete."""
+        return self._file_bytes, [self._current.intdigest()] if self._file_bytes % self._chunk_bytes else []
+
+
+class ChecksumBuilder:
+    """Makes the checksums of a file from its bytes, which come in order, in pieces of any size."""
+
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._chunk_bytes, self._chunks, self._digests = chunk_bytes, _ChunkDigests(chunk_bytes), list[int]()
+
+    def update(self, piece: Bytes) -> None:
+        """Take the next bytes of the file."""
+        self._digests += self._chunks.update(piece)
 
     def finish(self, name: str) -> Checksums:
         """The checksums of all that was taken."""
-        last = [self._current.intdigest()] if self._file_bytes % self._chunk_bytes else []
-        return Checksums(name, self._chunk_bytes, self._file_bytes, (*self._digests, *last))
+        file_bytes, last = self._chunks.finish()
+        return Checksums(name, self._chunk_bytes, file_bytes, (*self._digests, *last))
+
+
+class ChecksumFollower:
+    """Compares a file's bytes with its checksums while they come, in order, in pieces of any size.
+
+    Both methods raise StoredFileDamaged as soon as a chunk differs.
+    """
+
+    def __init__(self, checksums: Checksums) -> None:
+        self._checksums, self._chunks, self._num_compared = checksums, _ChunkDigests(checksums.chunk_bytes), 0
+
+    def update(self, piece: Bytes) -> None:
+        """Take the next bytes of the file."""
+        self._compare(self._chunks.update(piece))
+
+    def finish(self) -> None:
+        """The file has ended."""
+        file_bytes, last = self._chunks.finish()
+        self._compare(last)
+        if file_bytes != self._checksums.file_bytes:
+            raise StoredFileDamaged(
+                f"{self._checksums.name} has {file_bytes} bytes, its checksums are of {self._checksums.file_bytes}: it "
+                "is torn or was replaced; import it again"
+            )
+
+    def _compare(self, digests: Sequence[int]) -> None:
+        for digest in digests:
+            self._checksums.compare(self._num_compared, digest)
+            self._num_compared += 1
 
 
 def write_checked_tensors(
@@ -133,7 +180,7 @@ def _parse(name: str, raw: bytes) -> Checksums:
     magic, chunk_bytes, file_bytes, *digests, own = struct.unpack(f"<{len(raw) // _WORD_BYTES}Q", raw)
     if magic != _MAGIC:
         raise ValueError(f"it begins with {raw[:_WORD_BYTES].hex()}, not with the mark of an index of this version")
-    if own != xxh3_64_intdigest(raw[:-_WORD_BYTES]):
+    if own != xxh3_64_of(raw[:-_WORD_BYTES]):
         raise ValueError("its own checksum does not match")
     if chunk_bytes < 1 or len(digests) != -(-file_bytes // chunk_bytes):
         raise ValueError(f"it has {len(digests)} checksums for {file_bytes} bytes in chunks of {chunk_bytes}")

@@ -1,8 +1,11 @@
 """The host-memory tier's books: what is there, who leases it, and what is packed or goes when the budget is short.
 
-Objects in use belong to their users' budgets; only those that nobody leases count here, so that memory is counted once.
-When they exceed the budget, they are packed, one after the other, and only then dropped. An object that is being packed
-can be leased meanwhile; one that is packed is leased once it was unpacked.
+Bytes in use belong to their users' budgets; only those that nobody works with count here, so that memory is counted
+once. When they exceed the budget, they are packed, one object after the other, and only then dropped. An object that is
+being packed can be leased meanwhile; one that is packed is leased once it was unpacked, or as it is.
+
+Objects whose users have them in memory of their own (adapters in a page pool) are here by name. When the last of these
+lets go of one, it is read from its file again and kept, if there is room for it among what is worth more.
 
 Knows neither processes nor descriptors: the memory of an object is whatever `handle` stands for, handed back when it
 goes.
@@ -16,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from rekindle.clock import Clock
-from rekindle.protocol.tiers import Publish, Resident, Snapshot
+from rekindle.protocol.tiers import Hold, Publish, Resident, Snapshot
 
 H = TypeVar("H")
 Order = Callable[[Sequence[Resident]], Iterable[str]]
@@ -33,10 +36,11 @@ def least_recently_used(idle: Sequence[Resident]) -> Iterable[str]:
 
 @dataclass(slots=True)
 class TierObject(Generic[H]):
-    """One object as it lies in memory. `reasons` is empty until packing it was considered."""
+    """One object; `handle` is None while host memory has none of its bytes. `reasons` is empty until packing it was
+    considered. While it `is_moving` somebody reads, packs or unpacks it."""
 
-    made: Publish
-    handle: H
+    made: Publish | Hold
+    handle: H | None
     kept_bytes: int
     num_leases: int = 0
     idle_since_s: float = 0.0
@@ -45,8 +49,31 @@ class TierObject(Generic[H]):
     reasons: tuple[str, ...] = field(default=())
 
     @property
+    def path(self) -> str | None:
+        """Where it can be read again; None for what only its maker can make."""
+        return self.made.path if isinstance(self.made, Hold) else None
+
+    @property
+    def is_loose(self) -> bool:
+        """Whether nobody works with its bytes here."""
+        return self.handle is not None and (not self.num_leases or self.path is not None)
+
+    @property
+    def is_wanted_back(self) -> bool:
+        """Whether it could be read from its file, to be kept."""
+        return self.handle is None and not self.num_leases and not self.is_moving
+
+    @property
     def may_be_packed(self) -> bool:
         return not (self.is_packed or self.reasons)
+
+
+@dataclass(frozen=True, slots=True)
+class Move(Generic[H]):
+    """What is to be done next: pack an object, or read it from its file."""
+
+    held: TierObject[H]
+    is_read: bool
 
 
 class MemoryTier(Generic[H]):
@@ -60,8 +87,10 @@ class MemoryTier(Generic[H]):
         self._counts: Counter[str] = Counter()
 
     def find(self, name: str) -> TierObject[H] | None:
-        """The object of that name; counts as a hit or a miss."""
+        """The object of that name, if some of its bytes are here; counts as a hit or a miss."""
         found = self._objects.get(name)
+        if found is not None and found.handle is None:
+            found = None
         self._counts["misses" if found is None else "hits"] += 1
         return found
 
@@ -72,6 +101,11 @@ class MemoryTier(Generic[H]):
         self._objects[made.name] = TierObject(made, handle, made.num_bytes, num_leases=1)
         return True
 
+    def hold(self, made: Hold) -> None:
+        """Somebody has this object in memory of its own."""
+        held = self._objects.setdefault(made.name, TierObject(made, None, 0))
+        held.num_leases += 1
+
     def release(self, leases: Counter[str]) -> None:
         """Give leases back, by name how many."""
         for name, count in leases.items():
@@ -80,24 +114,32 @@ class MemoryTier(Generic[H]):
             if not held.num_leases:
                 held.idle_since_s = self._clock.monotonic_s()
 
-    def fit(self) -> TierObject[H] | None:
-        """Drop what is idle beyond the budget, as far as packing cannot do; returns what to pack next, if anything and
-        if nothing is being packed yet. The caller packs it and says `packed` or `left_plain`."""
+    def lose(self, name: str) -> None:
+        """What is here of an object with a file of its own is damaged, and is dropped."""
+        held = self._objects.get(name)
+        if held is not None and held.path is not None and not held.is_moving:
+            self._lose_copy(held)
+
+    def fit(self) -> Move[H] | None:
+        """Drop what is loose beyond the budget, as far as packing cannot do; returns what to do next, if anything and
+        if nothing is under way. The caller does it and says `packed`, `left_plain`, `kept` or `not_kept`."""
         if any(held.is_moving and not held.is_packed for held in self._objects.values()):
             return None
-        while self._idle_bytes() > self._budget_bytes:
-            idle = [held for held in self._objects.values() if not held.num_leases and not held.is_moving]
-            if not idle:
+        while self._loose_bytes() > self._budget_bytes:
+            loose = self._in_order(held for held in self._objects.values() if held.is_loose and not held.is_moving)
+            if not loose:
                 return None
-            hopeless = [held for held in idle if LEAST_SHARE * held.kept_bytes > self._budget_bytes]
-            by_name = {held.made.name: held for held in idle}
-            ordered = [by_name[name] for name in self._order([self._resident(held) for held in idle])]
-            packable = [held for held in ordered if held.may_be_packed and held not in hopeless]
-            if packable and not hopeless:
-                packable[0].is_moving = True
-                return packable[0]
-            self.discard((hopeless or ordered)[0])
-        return None
+            copy = next((held for held in loose if held.num_leases), None)
+            if copy is not None:
+                self._lose_copy(copy)
+                continue
+            hopeless = [held for held in loose if LEAST_SHARE * held.kept_bytes > self._budget_bytes]
+            packable = next((held for held in loose if held.may_be_packed), None)
+            if packable is not None and not hopeless:
+                return self._begin(packable, is_read=False)
+            self.discard((hopeless or loose)[0])
+        wanted = self._worth_reading()
+        return None if wanted is None else self._begin(wanted, is_read=True)
 
     def packed(self, held: TierObject[H], handle: H, kept_bytes: int, reasons: tuple[str, ...]) -> None:
         """An object was packed; if it was leased meanwhile, it stays as it is."""
@@ -110,7 +152,7 @@ class MemoryTier(Generic[H]):
         held.reasons = reasons
 
     def left_plain(self, held: TierObject[H], reasons: tuple[str, ...]) -> None:
-        """An object is not to be packed, for these reasons."""
+        """An object is not to be packed, for these reasons; without any, it was leased before it was."""
         held.is_moving = False
         held.reasons = reasons
 
@@ -119,31 +161,81 @@ class MemoryTier(Generic[H]):
         held.is_moving = False
         self._counts["unpacks"] += 1
         self._replace(held, handle, held.made.num_bytes, is_packed=False)
-        held.reasons = ()
         held.idle_since_s = self._clock.monotonic_s()
+
+    def kept(self, held: TierObject[H], handle: H) -> None:
+        """An object was read from its file; if somebody has it again, that was in vain."""
+        held.is_moving = False
+        if held.num_leases:
+            self._drop(handle)
+            return
+        self._counts["reads"] += 1
+        self._replace(held, handle, held.made.num_bytes, is_packed=False)
+
+    def not_kept(self, held: TierObject[H]) -> None:
+        """An object was not read from its file."""
+        held.is_moving = False
+        if not held.num_leases:
+            del self._objects[held.made.name]
 
     def discard(self, held: TierObject[H]) -> None:
         """Drop an object that nobody leases."""
         del self._objects[held.made.name]
-        self._drop(held.handle)
+        self._lose_copy(held)
         self._counts["evictions"] += 1
 
     def snapshot(self) -> Snapshot:
         """All of it as of now."""
         residents = tuple(self._resident(held) for held in self._objects.values())
-        totals = (self._counts[name] for name in ("hits", "misses", "evictions", "packs", "unpacks"))
-        return Snapshot(self._budget_bytes, self._idle_bytes(), residents, *totals)
+        totals = (self._counts[name] for name in ("hits", "misses", "evictions", "packs", "unpacks", "reads"))
+        return Snapshot(self._budget_bytes, self._loose_bytes(), residents, *totals)
 
-    def _replace(self, held: TierObject[H], handle: H, kept_bytes: int, *, is_packed: bool) -> None:
-        self._drop(held.handle)
-        held.handle, held.kept_bytes, held.is_packed = handle, kept_bytes, is_packed
+    def _begin(self, held: TierObject[H], *, is_read: bool) -> Move[H]:
+        held.is_moving = True
+        return Move(held, is_read)
+
+    def _worth_reading(self) -> TierObject[H] | None:
+        """The most valuable object to be read from its file; those that would not stay are forgotten."""
+        if not any(held.is_wanted_back for held in self._objects.values()):
+            return None
+        wanted, room = None, float(self._budget_bytes)
+        idle = [it for it in self._objects.values() if not it.num_leases and not it.is_moving]
+        for held in reversed(self._in_order(idle)):
+            may_shrink = held.is_wanted_back or held.may_be_packed
+            room -= LEAST_SHARE * held.made.num_bytes if may_shrink else held.kept_bytes
+            if not held.is_wanted_back:
+                continue
+            if room >= 0:
+                wanted = wanted or held
+            else:
+                room += LEAST_SHARE * held.made.num_bytes
+                del self._objects[held.made.name]
+        return wanted
+
+    def _in_order(self, objects: Iterable[TierObject[H]]) -> list[TierObject[H]]:
+        """What is to go first first."""
+        return [self._objects[name] for name in self._order([self._resident(held) for held in objects])]
+
+    def _lose_copy(self, held: TierObject[H]) -> None:
+        if held.handle is not None:
+            self._replace(held, None, 0, is_packed=False)
+
+    def _replace(self, held: TierObject[H], handle: H | None, kept_bytes: int, *, is_packed: bool) -> None:
+        if held.handle is not None:
+            self._drop(held.handle)
+        held.handle, held.kept_bytes, held.is_packed, held.reasons = handle, kept_bytes, is_packed, ()
 
     def _resident(self, held: TierObject[H]) -> Resident:
-        idle_s = 0.0 if held.num_leases else self._clock.monotonic_s() - held.idle_since_s
-        made = held.made
         return Resident(
-            made.name, made.num_bytes, held.kept_bytes, held.num_leases, idle_s, held.is_packed, held.reasons
+            name=held.made.name,
+            num_bytes=held.made.num_bytes,
+            kept_bytes=held.kept_bytes,
+            num_leases=held.num_leases,
+            idle_s=0.0 if held.num_leases else self._clock.monotonic_s() - held.idle_since_s,
+            is_packed=held.is_packed,
+            reasons=held.reasons,
+            is_elsewhere=held.path is not None,
         )
 
-    def _idle_bytes(self) -> int:
-        return sum(held.kept_bytes for held in self._objects.values() if not held.num_leases)
+    def _loose_bytes(self) -> int:
+        return sum(held.kept_bytes for held in self._objects.values() if held.is_loose)

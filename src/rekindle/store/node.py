@@ -1,8 +1,9 @@
 """`python -m rekindle.store.node --fd N --budget-bytes B`: the process that owns a machine's host-memory tier.
 
 Objects are anonymous files, sealed against writing, that engines map: a model that wakes, or a second engine of it,
-finds its weights as another left them. The process outlives engines and ends with its owner, the peer of socket N. A
-holder of leases is a connection, handed over with `Attach`; its leases end when it does, however it ended.
+finds its weights as another left them, and adapters that engines had in their pools are brought back from here. The
+process outlives engines and ends with its owner, the peer of socket N. A holder of leases is a connection, handed over
+with `Attach`; its leases end when it does, however it ended.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ from rekindle.protocol.tiers import (
     Absent,
     AskSnapshot,
     Attach,
+    Hold,
     Kept,
     Lease,
     Leased,
     Publish,
+    Release,
     Reply,
     Request,
 )
 from rekindle.store.memory_tier import MemoryTier, TierObject
-from rekindle.store.packing import Packed, Packer
+from rekindle.store.packing import Packed, Packer, WantedElsewhere
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
@@ -54,7 +57,7 @@ class TierNode:
         self._tier: MemoryTier[int] = MemoryTier(budget_bytes, clock, os.close)
         self._leases: dict[socket.socket, Counter[str]] = {}
         self._waiting: defaultdict[str, list[socket.socket]] = defaultdict(list)
-        self._packer = Packer()
+        self._packer = Packer(clock)
         self._workers = ThreadPoolExecutor(_NUM_WORKERS)
         self._done: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._wake, self._woken = socket.socketpair()
@@ -102,8 +105,16 @@ class TierNode:
                 self._selector.register(holder, selectors.EVENT_READ)
             case AskSnapshot():
                 _send(connection, self._tier.snapshot())
-            case Lease(name) if connection in self._leases:
-                self._lease(connection, name)
+            case Lease(name, takes_packed) if connection in self._leases:
+                self._lease(connection, name, takes_packed)
+            case Hold(name) if connection in self._leases:
+                self._tier.hold(request)
+                self._leases[connection][name] += 1
+            case Release(name, is_damaged) if self._leases.get(connection, Counter())[name]:
+                self._leases[connection][name] -= 1
+                self._tier.release(Counter([name]))
+                if is_damaged:
+                    self._tier.lose(name)
             case Publish() if connection in self._leases and descriptors:
                 is_first = self._tier.publish(request, descriptors[0])
                 if is_first:
@@ -113,26 +124,36 @@ class TierNode:
             case _:
                 raise msgspec.ValidationError(f"{type(request).__name__} is not for this connection to say")
 
-    def _lease(self, holder: socket.socket, name: str) -> None:
+    def _lease(self, holder: socket.socket, name: str, takes_packed: bool = False) -> None:
         held = self._tier.find(name)
-        if held is None:
+        if held is None or held.handle is None:
             _send(holder, Absent())
-        elif held.is_packed:
+        elif held.is_packed and not takes_packed:
             self._waiting[name].append(holder)
             if not held.is_moving:
                 held.is_moving = True
-                self._work(lambda: self._packer.unpack(held.handle, held.kept_bytes), partial(self._unpacked, held))
+                work = partial(self._packer.unpack, held.handle, held.kept_bytes)
+                self._work(work, partial(self._unpacked, held))
         else:
             held.num_leases += 1
             self._leases[holder][name] += 1
-            _send(holder, Leased(held.made.num_bytes), held.handle)
+            _send(holder, Leased(held.kept_bytes, held.is_packed), held.handle)
 
     def _fit(self) -> None:
-        held = self._tier.fit()
-        if held is not None:
+        move = self._tier.fit()
+        if move is None:
+            return
+        held = move.held
+
+        def is_wanted() -> bool:
+            return held.num_leases > 0
+
+        if isinstance(held.made, Hold) and move.is_read:
+            self._work(partial(self._packer.read, held.made, is_wanted), partial(self._read, held))
+        elif held.handle is not None:
             # A copy of the descriptor, since the object may be leased and dropped before the thread looks at it.
             copy = os.dup(held.handle)
-            self._work(lambda: self._packer.pack(copy, held.made), partial(self._packed, held, copy))
+            self._work(partial(self._packer.pack, copy, held.made, is_wanted), partial(self._packed, held, copy))
 
     def _work(self, work: Callable[[], T], then: Callable[[T | Exception], None]) -> None:
         """Call `work` in a thread and then, in this one, `then` with what it gave or raised."""
@@ -140,6 +161,8 @@ class TierNode:
         def run() -> None:
             try:
                 result: T | Exception = work()
+            except WantedElsewhere as error:
+                result = error
             except Exception as error:
                 _logger.exception("an object of the host-memory tier could not be moved")
                 result = error
@@ -160,8 +183,16 @@ class TierNode:
                 self._tier.packed(held, descriptor, num_bytes, reasons)
             case Packed(_, _, reasons):
                 self._tier.left_plain(held, reasons)
+            case WantedElsewhere():
+                self._tier.left_plain(held, ())
             case error:
                 self._tier.left_plain(held, (f"packing failed: {error}",))
+
+    def _read(self, held: TierObject[int], result: int | Exception) -> None:
+        if isinstance(result, Exception):
+            self._tier.not_kept(held)
+        else:
+            self._tier.kept(held, result)
 
     def _unpacked(self, held: TierObject[int], result: int | Exception) -> None:
         name = held.made.name

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rekindle.errors import ModelRejected, RequestError
 from rekindle.units import MIB, format_bytes
@@ -105,10 +105,27 @@ def read_header(
         rejected: the file is truncated, longer than its header says, or its header is too long or not a valid one.
     """
     with path.open("rb") as file:
+        raw = read_raw_header(file, path.name, rejected=rejected, max_header_bytes=max_header_bytes)
         file_bytes = os.fstat(file.fileno()).st_size
-        header_bytes = _header_length(path.name, file.read(8), file_bytes, rejected, max_header_bytes)
-        raw = file.read(header_bytes)
-    return _checked_header(path.name, raw, file_bytes, rejected)
+    return _checked_header(path.name, raw[8:], file_bytes, rejected)
+
+
+def read_raw_header(
+    file: IO[bytes],
+    name: str,
+    *,
+    rejected: type[RequestError] = ModelRejected,
+    max_header_bytes: int = MAX_HEADER_BYTES,
+) -> bytes:
+    """The bytes before the data section of a file open at its start: the header's length, and the header unchecked.
+
+    Raises:
+        rejected: the file is shorter than that, or its header is too long.
+    """
+    prefix = file.read(8)
+    file_bytes = os.fstat(file.fileno()).st_size
+    header_bytes = _header_length(name, prefix, file_bytes, rejected, max_header_bytes)
+    return prefix + file.read(header_bytes)
 
 
 def header_of(content: memoryview, name: str, *, rejected: type[RequestError] = ModelRejected) -> SafetensorsHeader:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
-from rekindle.errors import ConfigurationError, InternalError, PackedDamaged
+from rekindle.errors import InternalError, PackedDamaged
 from rekindle.store.codecs.interface import (
     FRAME_BYTES,
     FRAME_SIZES,
@@ -29,6 +29,7 @@ from rekindle.store.codecs.interface import (
     Format,
 )
 from rekindle.store.safetensors_file import Bytes
+from rekindle.store.xxh3 import xxh3_64_of
 
 _MAGIC = b"RKPACK\r\n"
 _VERSION = 1
@@ -76,11 +77,26 @@ class PackedObject:
         if len(whole) != self.num_bytes:
             raise InternalError(f"a packed object of {self.num_bytes} bytes was to be unpacked into {len(whole)}")
 
-        def unpack_one(index: int) -> None:
-            start = index * self.frame_bytes
-            self.unpack_frame(codec, index, whole[start : start + self.frames[index].unpacked_bytes])
+        starts = [(index, index * self.frame_bytes) for index in range(len(self.frames))]
+        places = [(index, whole[start : start + self.frames[index].unpacked_bytes]) for index, start in starts]
+        self.unpack_frames(codec, places, executor)
 
-        for _ in _in_order(executor, unpack_one, range(len(self.frames))):
+    def unpack_frames(
+        self,
+        codec: Codec,
+        places: Sequence[tuple[int, memoryview]],
+        executor: Executor | None = None,
+        rest: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Fill each buffer with the frame of that index. Without an executor `rest` is called after each. Ends and
+        raises as `unpack` does."""
+
+        def unpack_one(place: tuple[int, memoryview]) -> None:
+            self.unpack_frame(codec, *place)
+            if executor is None:
+                rest()
+
+        for _ in _in_order(executor, unpack_one, places):
             pass
 
     def unpack_frame(self, codec: Codec, index: int, out: memoryview) -> None:
@@ -91,7 +107,7 @@ class PackedObject:
         if len(out) != frame.unpacked_bytes:
             raise InternalError(f"frame {index} of {frame.unpacked_bytes} bytes was to be unpacked into {len(out)}")
         packed = self.buffer[frame.offset : frame.offset + frame.packed_bytes]
-        if _digest(packed) != frame.checksum:
+        if xxh3_64_of(packed) != frame.checksum:
             raise PackedDamaged(
                 f"frame {index} at byte {frame.offset} of a packed object does not match its checksum; drop this copy "
                 "and load the original"
@@ -140,7 +156,7 @@ def pack_into(
         frame = whole[start : start + frame_bytes]
         packed = codec.pack_frame(frame, element)
         body = frame if packed is None or len(packed) >= len(frame) else memoryview(packed)
-        return body, _digest(body), len(frame)
+        return body, xxh3_64_of(body), len(frame)
 
     starts = range(0, len(whole), frame_bytes)
     end = _TABLE_OFFSET + _ENTRY.size * len(starts)
@@ -220,16 +236,7 @@ def _in_order(
 
 def _index_digest(view: memoryview, num_frames: int) -> int:
     table = view[_TABLE_OFFSET : _TABLE_OFFSET + _ENTRY.size * num_frames]
-    return _digest(bytes(view[: _HEADER.size]) + bytes(table))
-
-
-def _digest(content: Bytes) -> int:
-    try:
-        # Not at the top: the store is imported where packing is not used and its libraries are not installed.
-        from xxhash import xxh3_64_intdigest
-    except ImportError as error:
-        raise ConfigurationError("packed objects need the xxhash library; pip install 'rekindle[store]'") from error
-    return int(xxh3_64_intdigest(content))
+    return xxh3_64_of(bytes(view[: _HEADER.size]) + bytes(table))
 
 
 def _damaged(what: str) -> PackedDamaged:

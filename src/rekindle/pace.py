@@ -17,12 +17,19 @@ _SLICE_S = 0.0002
 
 
 class Pace:
-    """`give_way` is called by the step loop, `rest` by the one thread that works beside it."""
+    """`give_way` is called by the step loop, `rest` by the one thread that works beside it; `rested_s` is how long that
+    has rested in all."""
 
     def __init__(self) -> None:
         self._is_quiet = threading.Event()
         self._is_quiet.set()
         self._since_s = 0.0
+        self.rested_s = 0.0
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no steps run."""
+        return self._is_quiet.is_set()
 
     def give_way(self, is_busy: bool) -> None:
         """Say whether steps run from now on."""
@@ -33,5 +40,8 @@ class Pace:
         """To be called after every little piece of work."""
         worked_s = time.thread_time() - self._since_s
         if worked_s >= _SLICE_S:
-            self._is_quiet.wait(worked_s * (1 / _SHARE - 1))
+            if not self._is_quiet.is_set():
+                started_s = time.monotonic()
+                self._is_quiet.wait(worked_s * (1 / _SHARE - 1))
+                self.rested_s += time.monotonic() - started_s
             self._since_s = time.thread_time()

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from rekindle.engine import pace
-from rekindle.engine.pace import Pace
+from rekindle import pace
+from rekindle.pace import Pace
 
 
 class Thread:
