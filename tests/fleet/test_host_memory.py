@@ -7,8 +7,7 @@ import mmap
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,32 +26,9 @@ from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
 from rekindle.store.tier_client import TierClient
 from rekindle.units import MIB
+from support.nodes import client, node
 from support.replicas import QUICK, collect, engine_settings, request, tokens_of, until
 from support.tiny import make_model
-
-
-class Node(HostMemoryNode):
-    """Closes in the end what the test has connected."""
-
-    def __init__(self, budget_bytes: int) -> None:
-        super().__init__(budget_bytes)
-        self.clients: list[TierClient] = []
-
-
-@asynccontextmanager
-async def node(budget_bytes: int = 64 * MIB) -> AsyncIterator[Node]:
-    ours = Node(budget_bytes)
-    try:
-        yield ours
-    finally:
-        for connected in ours.clients:
-            connected.close()
-        await ours.close()
-
-
-async def client(of: Node) -> TierClient:
-    of.clients.append(TierClient(await of.connect()))
-    return of.clients[-1]
 
 
 def filled(value: int, calls: list[int]) -> Callable[[torch.Tensor], None]:

@@ -17,6 +17,7 @@ from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.models import ModelManifest
 from rekindle.protocol.replica import EngineSettings
 from rekindle.protocol.sampling import SamplingParams
+from rekindle.store.tier_client import TierClient
 from rekindle.units import MIB
 
 
@@ -42,6 +43,7 @@ class LocalEngine:
         clock: Clock | None = None,
         device: Device | None = None,
         weights: WeightSource | None = None,
+        tier: TierClient | None = None,
         **changes: object,
     ) -> None:
         settings = {
@@ -65,6 +67,7 @@ class LocalEngine:
             self._wakened.set,
             device,
             weights,
+            tier,
         )
         self.outputs: dict[str, Output] = {}
 

@@ -228,8 +228,8 @@ def main() -> None:
     parser.add_argument("--budget-bytes", type=int, required=True)
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with socket.socket(fileno=arguments.fd) as owner:
-        TierNode(owner, arguments.budget_bytes, SystemClock()).run()
+    TierNode(socket.socket(fileno=arguments.fd), arguments.budget_bytes, SystemClock()).run()
+    os._exit(0)  # without waiting for what threads are at
 
 
 if __name__ == "__main__":
