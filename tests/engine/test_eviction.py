@@ -18,7 +18,6 @@ from rekindle.engine.scheduler.eviction import (
     warmth_after_use,
     warmth_of_rate,
 )
-from rekindle.engine.scheduler.load_times import LoadTimes
 from rekindle.engine.scheduler.memory import PageMemory
 from rekindle.engine.scheduler.step_times import StepTimes
 from rekindle.errors import InternalError
@@ -248,19 +247,3 @@ def test_warmth_is_the_logarithm_of_the_decayed_uses_less_what_time_takes_from_a
 
 def test_a_price_of_nothing_is_a_price():
     assert log_price(0.0, 100) < log_price(1e-9, 100)
-
-
-def test_load_times_are_learnt_from_loads_that_are_carried_out_one_after_another():
-    times = LoadTimes()
-    chance = random.Random(1)
-    now_s = 0.0
-    for round_number in range(100):
-        loads = {AdapterDigest(f"{round_number}-{i}"): chance.randrange(1 << 20, 1 << 28) for i in range(3)}
-        for digest, num_bytes in loads.items():
-            times.begin(digest, num_bytes, now_s)
-        for digest, num_bytes in loads.items():
-            now_s += 0.01 + 2e-9 * num_bytes
-            times.end(digest, now_s, succeeded=True)
-        now_s += 1.0
-    assert times.load_s(1 << 26) == pytest.approx(0.01 + 2e-9 * (1 << 26), rel=0.05)
-    assert times.total_s == pytest.approx(now_s - 100.0)

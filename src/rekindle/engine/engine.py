@@ -92,7 +92,7 @@ class Engine:
         num_pages = pool_bytes // page_bytes
         _check_pool(num_pages, page_bytes, pool_bytes)
         self._memory = device.memory(num_pages, page_bytes, dtype)
-        self._adapters = AdapterMemory(self._memory, arch.num_layers, wake)
+        self._adapters = AdapterMemory(self._memory, arch.num_layers, wake, clock)
         kv = self._memory.kv(shape, arch.num_layers, settings.page_tokens)
         graphs = _graphs(settings, model, kv, self._memory.pool_PX, device.recorder())
         self._merging, self._merge_policy = _merging(
@@ -183,9 +183,9 @@ class Engine:
         now_s = self._clock.monotonic_s()
         for outcome in self._adapters.finished():
             if outcome.error is None:
-                self._scheduler.adapter_loaded(outcome.digest, now_s)
+                self._scheduler.adapter_loaded(outcome.digest, now_s, outcome.timing)
             else:
-                chunks += self._scheduler.adapter_failed(outcome.digest, outcome.error, now_s)
+                chunks += self._scheduler.adapter_failed(outcome.digest, outcome.error, now_s, outcome.timing)
         chunks += self._scheduler.refuse_late(now_s)
         plan = self._scheduler.schedule(now_s)
         for digest in plan.evicted:
