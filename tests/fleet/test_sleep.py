@@ -41,6 +41,8 @@ async def test_an_idle_engine_is_stopped_and_the_next_request_is_answered_by_ano
             assert tokens_of(await collect(replica, wanted)) == expected_tokens(wanted)
             await asleep(replica)
         assert replica.wakes_total == 2
+        assert [part.num_observations for part in replica.start_estimates] == [3] * len(replica.last_start_s)
+        assert {part.stage for part in replica.start_estimates} == {f"start:{part}" for part, _ in replica.last_start_s}
         assert replica.restarts_total == 0
         await until(lambda: not Path(f"/proc/{first}").exists(), "the first engine's end")
 

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rekindle.policy.load_estimates import LoadEstimates
+from rekindle.policy.load_estimates import LoadEstimates, StageModel
 from rekindle.policy.load_queue import LoadQueue, LoadTiming
-from rekindle.protocol.estimates import StageEstimate
 from rekindle.units import MIB
 
 FIXED_S, BYTES_PER_S = 0.01, 5e8
@@ -19,7 +18,7 @@ def true_s(num_bytes):
 
 
 def knowing_queue():
-    return LoadQueue(LoadEstimates([StageEstimate("disk", FIXED_S, BYTES_PER_S)]))
+    return LoadQueue(LoadEstimates([StageModel("disk", FIXED_S, BYTES_PER_S)]))
 
 
 def test_load_times_are_learnt_from_loads_that_are_carried_out_one_after_another():
@@ -64,7 +63,7 @@ def test_a_load_that_takes_longer_than_it_should_is_expected_at_any_moment_and_t
 
 
 def test_loads_through_several_stages_wait_for_each_other():
-    queue = LoadQueue(LoadEstimates([StageEstimate("remote", 2.0, 1e8), StageEstimate("disk", 1.0, 1e8)]))
+    queue = LoadQueue(LoadEstimates([StageModel("remote", 2.0, 1e8), StageModel("disk", 1.0, 1e8)]))
     queue.begin("far", "remote", 10**8, 0.0)
     queue.begin("near", "disk", 10**8, 0.0)
     assert queue.seconds_left(0.0) == {"far": pytest.approx(3.0), "near": pytest.approx(5.0)}
@@ -87,3 +86,13 @@ def test_a_timing_tells_waiting_and_loading_apart_however_late_the_end_is_told()
     queue.end("b", 9.0, succeeded=True, timing=LoadTiming(0.5, 0.5))
     assert (queue.queued_s_total, queue.load_s_total) == (0.5, 1.0)
     assert queue.estimates["disk"].seconds(MIB) == pytest.approx(0.5)
+
+
+def test_the_next_load_counts_as_begun_when_the_one_before_had_ended_not_when_that_was_told():
+    queue = knowing_queue()
+    queue.begin("a", "disk", 100 * MIB, 0.0)
+    queue.begin("b", "disk", 100 * MIB, 0.0)
+    load_s = true_s(100 * MIB)
+    now_s = 1.5 * load_s
+    queue.end("a", now_s, succeeded=True, timing=LoadTiming(0.0, load_s))
+    assert queue.seconds_left(now_s) == {"b": pytest.approx(load_s / 2)}

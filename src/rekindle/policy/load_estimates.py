@@ -83,7 +83,8 @@ class StageModel(msgspec.Struct):
     def estimate(self) -> StageEstimate:
         """What is known by now."""
         error = median(it.error for it in self.recent) if self.recent else None
-        return StageEstimate(self.stage, self.fixed_s, self.bytes_per_s, self.num_observations, error)
+        bytes_per_s = self.bytes_per_s if any(it.num_bytes for it in self.recent) else None
+        return StageEstimate(self.stage, self.fixed_s, bytes_per_s, self.num_observations, error)
 
     def _fit(self) -> None:
         points = [
@@ -97,13 +98,11 @@ class StageModel(msgspec.Struct):
 
 
 class LoadEstimates:
-    """The stages of one machine or engine, each known from its first observation or guess on; when there are too many,
-    the one longest without an observation is forgotten."""
+    """The stages of one machine or engine, those given and those observed; when there are too many, the one longest
+    without an observation is forgotten."""
 
-    def __init__(self, first_guesses: Iterable[StageEstimate] = ()) -> None:
-        self._stages = {
-            guess.stage: StageModel(guess.stage, guess.fixed_s, guess.bytes_per_s) for guess in first_guesses
-        }
+    def __init__(self, stages: Iterable[StageModel] = ()) -> None:
+        self._stages = {model.stage: model for model in stages}
 
     def __getitem__(self, stage: str) -> StageModel:
         return self._stages.get(stage) or StageModel(stage)

@@ -57,7 +57,7 @@ class LoadQueue(Generic[Key]):
         if timing is None:
             started_s = max(load.began_s, self._last_end_s)
             timing = LoadTiming(started_s - load.began_s, now_s - started_s)
-        self._last_end_s = now_s
+        self._last_end_s = min(load.began_s + timing.queued_s + timing.load_s, now_s)
         self.queued_s_total += timing.queued_s
         self.load_s_total += timing.load_s
         if succeeded:
