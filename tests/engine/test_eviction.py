@@ -21,6 +21,7 @@ from rekindle.engine.scheduler.eviction import (
 from rekindle.engine.scheduler.memory import PageMemory
 from rekindle.engine.scheduler.step_times import StepTimes
 from rekindle.errors import InternalError
+from rekindle.policy.load_estimates import LoadEstimates
 from rekindle.protocol.identity import AdapterDigest
 from support.scheduling import ELEMENT_BYTES, make_config, make_manifest
 
@@ -41,7 +42,7 @@ class AdapterShelf:
     """Adapters in a pool, used one after another, each loaded when it is absent; adds up what loads take."""
 
     def __init__(self, num_pages, sizes):
-        self.memory = PageMemory(config(num_pages), StepTimes())
+        self.memory = PageMemory(config(num_pages), StepTimes(), LoadEstimates())
         self.sizes = sizes
         self.reload_s = 0.0
         self.now_s = 0.0
@@ -142,7 +143,7 @@ def test_prefix_pages_and_adapters_are_weighed_against_each_other():
         times = StepTimes()
         for num_tokens in (1, 100, 1, 100) * 200:
             times.note(num_tokens, 0, prompt_token_s * num_tokens)
-        memory = PageMemory(config(6), times)
+        memory = PageMemory(config(6), times, LoadEstimates())
         digest = AdapterDigest("x")
         memory.adapters.add(manifest("x", 3), "")
         memory.adapters.reference(digest, 0.0)

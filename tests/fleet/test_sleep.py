@@ -47,6 +47,18 @@ async def test_an_idle_engine_is_stopped_and_the_next_request_is_answered_by_ano
         await until(lambda: not Path(f"/proc/{first}").exists(), "the first engine's end")
 
 
+async def test_an_engine_begins_with_what_the_one_before_it_has_learnt_of_loads() -> None:
+    async with running(Faults(step_s=0.01), SLEEPY) as replica:
+        for num_loads in range(1, 4):
+            stream = replica.generate(request(str(num_loads), max_tokens=10**6))
+            await anext(stream)
+            await until(lambda: replica.stats is not None, "a report")
+            assert replica.stats is not None
+            assert [known.num_observations for known in replica.stats.load_estimates] == [num_loads]
+            await stream.aclose()
+            await asleep(replica)
+
+
 async def test_adapters_are_there_again_after_sleep() -> None:
     async with running(supervision=SLEEPY) as replica:
         await replica.add_adapter(ADAPTER, Path("/nonexistent"))

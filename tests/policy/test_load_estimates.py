@@ -187,6 +187,13 @@ def test_where_no_bytes_are_brought_all_is_fixed_and_no_rate_is_told():
     assert model.estimate() == StageEstimate("imports", pytest.approx(1.5), None, 3, pytest.approx(0.0))
 
 
+def test_what_is_known_elsewhere_is_a_first_guess_that_rests_on_nothing():
+    known = (StageEstimate("disk", 0.5, 1e7, 40, 0.03), StageEstimate("imports", 1.5, None, 3, 0.1))
+    estimates = LoadEstimates.guessed(known)
+    assert estimates["disk"].seconds(10**7) == pytest.approx(1.5)
+    assert [it.num_observations for it in estimates.snapshot()] == [0]
+
+
 def test_of_too_many_stages_the_one_longest_unobserved_is_forgotten():
     estimates = LoadEstimates()
     for number in range(MAX_STAGES):

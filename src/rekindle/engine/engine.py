@@ -33,6 +33,7 @@ from rekindle.engine.scheduler.plan import StepPlan
 from rekindle.engine.scheduler.scheduler import Scheduler, SchedulerConfig
 from rekindle.engine.weights import Weights, WeightSource
 from rekindle.errors import ConfigurationError, InvalidRequest
+from rekindle.policy.load_estimates import LoadEstimates
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.generation import GenerateRequest, TokenChunk
 from rekindle.protocol.identity import AdapterDigest, RequestId
@@ -119,6 +120,7 @@ class Engine:
                 max_context_tokens=context_tokens,
             ),
             self._merge_policy,
+            LoadEstimates.guessed(settings.load_estimates),
         )
         self.ready = EngineReady(
             num_pages=num_pages,

@@ -15,6 +15,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 from typing import Never
 
@@ -89,6 +90,7 @@ class Replica:
         self.restarts_total = 0
         self.wakes_total = 0
         self._starts = LoadEstimates()
+        self._load_estimates: tuple[StageEstimate, ...] = ()
 
     @property
     def state(self) -> ReplicaState:
@@ -278,7 +280,7 @@ class Replica:
         limit_s = self._supervision.start_s
         try:
             async with asyncio.timeout(limit_s):
-                await link.send(self._settings)
+                await link.send(replace(self._settings, load_estimates=self._load_estimates))
                 message = await link.receive()
         except TimeoutError:
             raise EngineLost(f"engine process {link.pid} was not ready within {limit_s:g} s") from None
@@ -326,7 +328,7 @@ class Replica:
                     for chunk in chunks:
                         self._deliver(chunk)
                 case EngineStats():
-                    self.stats = message
+                    self.stats, self._load_estimates = message, message.load_estimates
                 case EngineFatal(reason):
                     raise EngineLost(reason)
                 case _:

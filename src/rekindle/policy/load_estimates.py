@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import msgspec
 
@@ -103,6 +103,11 @@ class LoadEstimates:
 
     def __init__(self, stages: Iterable[StageModel] = ()) -> None:
         self._stages = {model.stage: model for model in stages}
+
+    @classmethod
+    def guessed(cls, known: Iterable[StageEstimate]) -> Self:
+        """What was known elsewhere is a first guess here."""
+        return cls(StageModel(it.stage, it.fixed_s, it.bytes_per_s) for it in known if it.bytes_per_s is not None)
 
     def __getitem__(self, stage: str) -> StageModel:
         return self._stages.get(stage) or StageModel(stage)

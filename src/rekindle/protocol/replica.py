@@ -19,7 +19,7 @@ class EngineSettings:
     `max_sequences` the sequences running at once, `max_queued` those waiting. `deterministic` selects batch-invariant
     kernels. `merge_bytes` bounds the copies of weights with an adapter merged into them that a CPU keeps; 0 never makes
     any. `merge_in_place` merges into the weights themselves, which is for a device whose memory they are copied to.
-    `deterministic` never merges.
+    `deterministic` never merges. `load_estimates` are what an earlier engine of the model has learnt of loads.
     """
 
     model_dir: str
@@ -35,6 +35,7 @@ class EngineSettings:
     device: str = "cpu"
     merge_bytes: int = 0
     merge_in_place: bool = False
+    load_estimates: tuple[StageEstimate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

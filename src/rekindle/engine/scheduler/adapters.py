@@ -53,14 +53,14 @@ class AdapterCache:
     """Adapter versions by digest. `idle` and `awaited` are the idle versions nobody waits for and those somebody does,
     in the order of their value: see `eviction`."""
 
-    def __init__(self, config: SchedulerConfig, pool: PagePool) -> None:
+    def __init__(self, config: SchedulerConfig, pool: PagePool, estimates: LoadEstimates) -> None:
         self._config = config
         self._pool = pool
         self._versions: dict[AdapterDigest, _Version] = {}
         self.idle: EvictionOrder[AdapterDigest] = EvictionOrder()
         self.awaited: EvictionOrder[AdapterDigest] = EvictionOrder()
         self.reuse = ReuseShare()
-        self.loads: LoadQueue[AdapterDigest] = LoadQueue(LoadEstimates())
+        self.loads: LoadQueue[AdapterDigest] = LoadQueue(estimates)
         self._evicted: list[AdapterDigest] = []
         self._num_pages_used = 0
         self._prices = self._load_prices()

@@ -30,6 +30,7 @@ from rekindle.engine.scheduler.step_times import StepTimes
 from rekindle.engine.scheduler.validation import check_fits, check_prompt
 from rekindle.engine.scheduler.waiting import DepartureRate, WaitingQueue
 from rekindle.errors import Conflict, InternalError, Overloaded
+from rekindle.policy.load_estimates import LoadEstimates
 from rekindle.policy.load_queue import LoadTiming
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.generation import FinishReason, GenerateRequest, Refusal, TokenChunk
@@ -42,11 +43,13 @@ __all__ = ["Scheduler", "SchedulerConfig"]
 class Scheduler:
     """Continuous batching over one pool of pages; see the module for the protocol of its use."""
 
-    def __init__(self, config: SchedulerConfig, merging: MergePolicy | None = None) -> None:
+    def __init__(
+        self, config: SchedulerConfig, merging: MergePolicy | None = None, load_estimates: LoadEstimates | None = None
+    ) -> None:
         self._config = config
         self._merging = merging
         self._times = StepTimes()
-        self._memory = PageMemory(config, self._times)
+        self._memory = PageMemory(config, self._times, load_estimates or LoadEstimates())
         self._adapters = self._memory.adapters
         self._unfinished: dict[RequestId, Sequence] = {}
         self._counters = FlowCounters()
