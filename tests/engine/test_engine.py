@@ -18,6 +18,7 @@ from rekindle.engine.models.decoder import Decoder
 from rekindle.engine.scheduler.plan import AdapterLoad
 from rekindle.engine.scheduler.scheduler import Scheduler
 from rekindle.errors import ConfigurationError, InternalError, InvalidRequest, ModelRejected, NotFound
+from rekindle.policy.load_queue import LoadTiming
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.generation import FinishReason, GenerateRequest
 from rekindle.protocol.identity import AdapterDigest, RequestId
@@ -215,7 +216,7 @@ def test_an_engine_that_closes_does_not_carry_out_the_loads_that_wait(tmp_path: 
             raise OSError("the disk is gone")
 
     pool = HostMemory(16, 4096, torch.bfloat16)
-    memory = AdapterMemory(pool, Disk(pool.pace, SystemClock()), 2, lambda: None)
+    memory = AdapterMemory(pool, Disk(pool.pace, SystemClock()), 2, lambda: None, ManualClock())
     for i in range(5):
         memory.start_load(AdapterLoad(make_manifest(f"a{i}"), f"/nowhere/{i}", (i,)))
     while not begun:
@@ -224,3 +225,25 @@ def test_an_engine_that_closes_does_not_carry_out_the_loads_that_wait(tmp_path: 
     memory.close()
     pool.close()
     assert begun == [Path("/nowhere/0")]
+
+
+def test_a_load_says_how_long_it_waited_for_the_one_before_and_how_long_it_took() -> None:
+    clock = ManualClock()
+    all_are_asked_for = threading.Event()
+
+    class Disk(AdapterSources):
+        def bring(self, manifest: AdapterManifest, path: Path, load: Any) -> Any:
+            all_are_asked_for.wait(10)
+            clock.advance(2.0)
+            raise OSError("the disk is gone")
+
+    pool = HostMemory(16, 4096, torch.bfloat16)
+    has_ended = threading.Semaphore(0)
+    memory = AdapterMemory(pool, Disk(pool.pace, clock), 2, has_ended.release, clock)
+    for name in ("first", "second"):
+        memory.start_load(AdapterLoad(make_manifest(name), "/nowhere", (0,)))
+    all_are_asked_for.set()
+    assert has_ended.acquire(timeout=10) and has_ended.acquire(timeout=10)
+    assert [outcome.timing for outcome in memory.finished()] == [LoadTiming(0.0, 2.0), LoadTiming(2.0, 2.0)]
+    memory.close()
+    pool.close()

@@ -18,10 +18,10 @@ from rekindle.engine.scheduler.eviction import (
     warmth_after_use,
     warmth_of_rate,
 )
-from rekindle.engine.scheduler.load_times import LoadTimes
 from rekindle.engine.scheduler.memory import PageMemory
 from rekindle.engine.scheduler.step_times import StepTimes
 from rekindle.errors import InternalError
+from rekindle.policy.load_estimates import LoadEstimates
 from rekindle.protocol.identity import AdapterDigest
 from support.scheduling import ELEMENT_BYTES, make_config, make_manifest
 
@@ -42,7 +42,7 @@ class AdapterShelf:
     """Adapters in a pool, used one after another, each loaded when it is absent; adds up what loads take."""
 
     def __init__(self, num_pages, sizes):
-        self.memory = PageMemory(config(num_pages), StepTimes())
+        self.memory = PageMemory(config(num_pages), StepTimes(), LoadEstimates())
         self.sizes = sizes
         self.reload_s = 0.0
         self.now_s = 0.0
@@ -143,7 +143,7 @@ def test_prefix_pages_and_adapters_are_weighed_against_each_other():
         times = StepTimes()
         for num_tokens in (1, 100, 1, 100) * 200:
             times.note(num_tokens, 0, prompt_token_s * num_tokens)
-        memory = PageMemory(config(6), times)
+        memory = PageMemory(config(6), times, LoadEstimates())
         digest = AdapterDigest("x")
         memory.adapters.add(manifest("x", 3), "")
         memory.adapters.reference(digest, 0.0)
@@ -248,19 +248,3 @@ def test_warmth_is_the_logarithm_of_the_decayed_uses_less_what_time_takes_from_a
 
 def test_a_price_of_nothing_is_a_price():
     assert log_price(0.0, 100) < log_price(1e-9, 100)
-
-
-def test_load_times_are_learnt_from_loads_that_are_carried_out_one_after_another():
-    times = LoadTimes()
-    chance = random.Random(1)
-    now_s = 0.0
-    for round_number in range(100):
-        loads = {AdapterDigest(f"{round_number}-{i}"): chance.randrange(1 << 20, 1 << 28) for i in range(3)}
-        for digest, num_bytes in loads.items():
-            times.begin(digest, num_bytes, now_s)
-        for digest, num_bytes in loads.items():
-            now_s += 0.01 + 2e-9 * num_bytes
-            times.end(digest, now_s, succeeded=True)
-        now_s += 1.0
-    assert times.load_s(1 << 26) == pytest.approx(0.01 + 2e-9 * (1 << 26), rel=0.05)
-    assert times.total_s == pytest.approx(now_s - 100.0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +23,8 @@ from rekindle.fleet.host_memory import HostMemoryNode
 from rekindle.fleet.launch import TemplateLauncher
 from rekindle.fleet.replica import Replica
 from rekindle.protocol.replica import EngineSettings
-from rekindle.protocol.tiers import AskSnapshot, Attach, Lease
+from rekindle.protocol.tiers import AskSnapshot, Attach, Lease, Publish
+from rekindle.store.anonymous_file import new_file
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
 from rekindle.store.tier_client import TierClient
@@ -207,6 +210,48 @@ async def test_without_its_node_an_engine_works_alone() -> None:
         assert torch.equal(before[1], after[1])
         await make(await client(memory), calls)
         assert len((await memory.snapshot()).objects) == 1
+
+
+A_FULL_NODE = """
+from rekindle.protocol.tiers import Publish
+from rekindle.store import node
+
+class FullTier(node.MemoryTier):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        for number in range({num_objects}):
+            self.publish(Publish(f"{{number:064x}}", number, "BF16", 1.0), -1)
+
+node.MemoryTier = FullTier
+node.main()
+"""
+
+
+async def test_a_snapshot_of_twenty_thousand_objects_arrives_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = A_FULL_NODE.format(num_objects=20_000)
+    monkeypatch.setattr("rekindle.fleet.host_memory._COMMAND", (sys.executable, "-c", full))
+    num_open = len(os.listdir("/proc/self/fd"))
+    async with node() as memory:
+        await client(memory)
+        for _ in range(2):
+            snapshot = await memory.snapshot()
+            assert [it.num_bytes for it in snapshot.objects] == list(range(20_000))
+            assert len({it.name for it in snapshot.objects}) == 20_000
+    assert len(os.listdir("/proc/self/fd")) == num_open
+
+
+async def test_a_node_keeps_more_objects_than_a_process_may_usually_open_files() -> None:
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(usual, 256), most))
+    try:
+        async with node() as memory:
+            tier = await client(memory)
+            with new_file(4096) as file:
+                kept = [tier.publish(Publish(str(number), 4096, "BF16", 1.0), file.descriptor) for number in range(300)]
+            assert kept == [True] * 300
+            assert len((await memory.snapshot()).objects) == 300
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
 
 
 async def test_a_holder_that_speaks_out_of_turn_loses_its_connection_and_nobody_else_does() -> None:

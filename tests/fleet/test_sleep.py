@@ -41,8 +41,22 @@ async def test_an_idle_engine_is_stopped_and_the_next_request_is_answered_by_ano
             assert tokens_of(await collect(replica, wanted)) == expected_tokens(wanted)
             await asleep(replica)
         assert replica.wakes_total == 2
+        assert [part.num_observations for part in replica.start_estimates] == [3] * len(replica.last_start_s)
+        assert {part.stage for part in replica.start_estimates} == {f"start:{part}" for part, _ in replica.last_start_s}
         assert replica.restarts_total == 0
         await until(lambda: not Path(f"/proc/{first}").exists(), "the first engine's end")
+
+
+async def test_an_engine_begins_with_what_the_one_before_it_has_learnt_of_loads() -> None:
+    async with running(Faults(step_s=0.01), SLEEPY) as replica:
+        for num_loads in range(1, 4):
+            stream = replica.generate(request(str(num_loads), max_tokens=10**6))
+            await anext(stream)
+            await until(lambda: replica.stats is not None, "a report")
+            assert replica.stats is not None
+            assert [known.num_observations for known in replica.stats.load_estimates] == [num_loads]
+            await stream.aclose()
+            await asleep(replica)
 
 
 async def test_adapters_are_there_again_after_sleep() -> None:

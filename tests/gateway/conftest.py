@@ -22,6 +22,7 @@ from rekindle.gateway.app import create_app
 from rekindle.gateway.seams import ServedBase, Services
 from rekindle.gateway.settings import GatewaySettings
 from rekindle.protocol.adapters import AdapterManifest, LoraBinding
+from rekindle.protocol.estimates import StageEstimate
 from rekindle.protocol.generation import FinishReason, GenerateRequest, TokenChunk, TokenLogprobs
 from rekindle.protocol.identity import AdapterDigest, ModelDigest
 from rekindle.protocol.models import ModelManifest
@@ -99,6 +100,7 @@ class ScriptedReplica:
         self.restarts_total = 2
         self.wakes_total = 3
         self.last_start_s = (("process", 0.25), ("weights", 0.5))
+        self.start_estimates = (StageEstimate("start:process", 0.25, None, 1, 0.75),)
         self.ready = EngineReady(100, 4096, 16, CONTEXT_TOKENS, ())
         self.stats: EngineStats | None = EngineStats(
             num_waiting=2, num_running=3, pages_total=100, pages_free=40, pages_kv_in_use=25, pages_adapter=20,
@@ -107,6 +109,7 @@ class ScriptedReplica:
             prefix_hits_total=30, preemptions_total=5, adapter_loads_total=6, adapter_load_s_total=0.5,
             adapter_evictions_total=8, prefix_evictions_total=9, refused_late_total=10, refused_full_total=11,
             steps_total=7, merged_adapter=AdapterDigest("merged-version"), steps_merged_total=4,
+            adapter_queued_s_total=0.125, load_estimates=(StageEstimate("disk->device", 0.5, 1e9, 12, 0.0625),),
         )  # fmt: skip
         self._loop: asyncio.AbstractEventLoop | None = None
         self.reset()

@@ -113,6 +113,22 @@ def test_host_memory_is_shown(server, start_server):
                 "is_awake": True,
                 "wakes_total": 3,
                 "start_s": {"process": 0.25, "weights": 0.5},
+                "estimates": [
+                    {
+                        "stage": "disk->device",
+                        "fixed_s": 0.5,
+                        "bytes_per_s": 1e9,
+                        "num_observations": 12,
+                        "error": 0.0625,
+                    },
+                    {
+                        "stage": "start:process",
+                        "fixed_s": 0.25,
+                        "bytes_per_s": None,
+                        "num_observations": 1,
+                        "error": 0.75,
+                    },
+                ],
                 "resident_adapters": [],
             }
         ]
@@ -128,10 +144,24 @@ def test_the_engines_memory_loads_and_refusals_are_shown(server):
         assert value(samples, "rekindle_pool_bytes", kind=kind) == num_bytes
     assert value(samples, "rekindle_adapter_loads_under_way") == stats.num_adapter_loads
     assert value(samples, "rekindle_adapter_load_seconds_total") == stats.adapter_load_s_total
+    assert value(samples, "rekindle_adapter_queued_seconds_total") == stats.adapter_queued_s_total
     assert value(samples, "rekindle_adapter_evictions_total") == stats.adapter_evictions_total
     assert value(samples, "rekindle_prefix_evictions_total") == stats.prefix_evictions_total
     assert value(samples, "rekindle_refused_late_total") == stats.refused_late_total
     assert value(samples, "rekindle_refused_queue_full_total") == stats.refused_full_total
+
+
+def test_how_long_loads_are_likely_to_take_is_shown_by_stage(server):
+    samples = scrape(server)
+
+    def shown(name: str) -> dict[str, float]:
+        found = {dict(labels).get("stage"): it for (sample, labels), it in samples.items() if sample == name}
+        return {str(stage): it for stage, it in found.items()}
+
+    assert shown("rekindle_load_estimate_fixed_seconds") == {"disk->device": 0.5, "start:process": 0.25}
+    assert shown("rekindle_load_estimate_bytes_per_second") == {"disk->device": 1e9}
+    assert shown("rekindle_load_estimate_error_ratio") == {"disk->device": 0.0625, "start:process": 0.75}
+    assert shown("rekindle_load_estimate_observations_total") == {"disk->device": 12, "start:process": 1}
 
 
 def test_requests_tokens_and_times_are_counted(server, client):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from rekindle.protocol import wire
 from rekindle.protocol.adapters import AdapterManifest, LoraBinding, ReplacedMatrix
+from rekindle.protocol.estimates import StageEstimate
 from rekindle.protocol.generation import (
     AbortRequest,
     FinishReason,
@@ -80,7 +81,28 @@ MESSAGES: list[wire.Message] = [
     EngineReady(10, 4096, 16, 64, (("weights", 0.5),)),
     EngineFatal("no", True),
     EngineStats(
-        0, 1, 2, 3, 4, 5, 6, PoolBytes(*range(9)), (AdapterDigest("a"),), 7, 8, 9, 10, 11, 12, 13, 0.5, *range(14, 19)
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        PoolBytes(*range(9)),
+        (AdapterDigest("a"),),
+        7,
+        8,
+        9,
+        10,
+        11,
+        12,
+        13,
+        0.5,
+        *range(14, 19),
+        load_estimates=(
+            StageEstimate("disk->device", 0.5, None, 1, None),
+            StageEstimate("remote->disk", 0.5, 1e9, 2, 0.1),
+        ),
     ),
     AbortRequest(RequestId("r")),
     AddAdapter(ADAPTER, "/a"),

@@ -12,18 +12,20 @@ import queue
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from rekindle.clock import Clock
 from rekindle.engine.adapter_sources import AdapterSources
 from rekindle.engine.kernels.interface import LORA_FIELDS, PROJECTIONS, AdapterMatrices
 from rekindle.engine.scheduler.plan import AdapterLoad
 from rekindle.engine.vectors import AdapterVector
 from rekindle.pace import Pace
+from rekindle.policy.load_queue import LoadTiming
 from rekindle.protocol.adapters import AdapterManifest, LoraBinding, ReplacedMatrix
 from rekindle.protocol.identity import AdapterDigest
 from rekindle.store.vector_sources import VectorSource
@@ -73,19 +75,21 @@ class ResidentAdapter:
 
 @dataclass(frozen=True, slots=True)
 class LoadOutcome:
-    """A finished load; `error` is None if the adapter is ready."""
+    """A finished load; `error` is None if the adapter is ready, `timing` is known to the reader."""
 
     digest: AdapterDigest
     error: str | None = None
+    timing: LoadTiming | None = None
 
 
 class AdapterMemory:
     """Loads, keeps and evicts adapters in pool pages. All methods belong to the step loop's thread."""
 
     def __init__(
-        self, loader: VectorLoader, sources: AdapterSources, num_layers: int, wake: Callable[[], None]
+        self, loader: VectorLoader, sources: AdapterSources, num_layers: int, wake: Callable[[], None], clock: Clock
     ) -> None:
-        self._loader, self._sources, self._num_layers, self._wake = loader, sources, num_layers, wake
+        self._loader, self._sources, self._num_layers = loader, sources, num_layers
+        self._wake, self._clock = wake, clock
         self._resident: dict[AdapterDigest, ResidentAdapter] = {}
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[tuple[LoadOutcome, ResidentAdapter | None]] = queue.SimpleQueue()
@@ -96,7 +100,8 @@ class AdapterMemory:
     def start_load(self, load: AdapterLoad) -> None:
         """Begin filling the pages of one adapter."""
         fence = self._loader.fence()
-        self._work.put(lambda: None if self._is_closing else self._tell(*self._load(load, fence)))
+        asked_s = self._clock.monotonic_s()
+        self._work.put(lambda: None if self._is_closing else self._timed_load(load, fence, asked_s))
 
     @property
     def has_finished(self) -> bool:
@@ -151,8 +156,11 @@ class AdapterMemory:
         while (work := self._work.get()) is not None:
             work()
 
-    def _tell(self, outcome: LoadOutcome, adapter: ResidentAdapter | None) -> None:
-        self._outcomes.put((outcome, adapter))
+    def _timed_load(self, load: AdapterLoad, fence: object, asked_s: float) -> None:
+        started_s = self._clock.monotonic_s()
+        outcome, adapter = self._load(load, fence)
+        timing = LoadTiming(started_s - asked_s, self._clock.monotonic_s() - started_s)
+        self._outcomes.put((replace(outcome, timing=timing), adapter))
         self._wake()
 
     def _load(self, load: AdapterLoad, fence: object) -> tuple[LoadOutcome, ResidentAdapter | None]:

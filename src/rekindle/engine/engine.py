@@ -34,6 +34,7 @@ from rekindle.engine.scheduler.plan import StepPlan
 from rekindle.engine.scheduler.scheduler import Scheduler, SchedulerConfig
 from rekindle.engine.weights import Weights, WeightSource
 from rekindle.errors import ConfigurationError, InvalidRequest
+from rekindle.policy.load_estimates import LoadEstimates
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.generation import GenerateRequest, TokenChunk
 from rekindle.protocol.identity import AdapterDigest, RequestId
@@ -95,7 +96,7 @@ class Engine:
         _check_pool(num_pages, page_bytes, pool_bytes)
         self._memory = device.memory(num_pages, page_bytes, dtype)
         sources = AdapterSources(self._memory.pace, clock, tier)
-        self._adapters = AdapterMemory(self._memory, sources, arch.num_layers, wake)
+        self._adapters = AdapterMemory(self._memory, sources, arch.num_layers, wake, clock)
         kv = self._memory.kv(shape, arch.num_layers, settings.page_tokens)
         graphs = _graphs(settings, model, kv, self._memory.pool_PX, device.recorder())
         self._merging, self._merge_policy = _merging(
@@ -122,6 +123,7 @@ class Engine:
                 max_context_tokens=context_tokens,
             ),
             self._merge_policy,
+            LoadEstimates.guessed(settings.load_estimates),
         )
         self.ready = EngineReady(
             num_pages=num_pages,
@@ -186,9 +188,9 @@ class Engine:
         now_s = self._clock.monotonic_s()
         for outcome in self._adapters.finished():
             if outcome.error is None:
-                self._scheduler.adapter_loaded(outcome.digest, now_s)
+                self._scheduler.adapter_loaded(outcome.digest, now_s, outcome.timing)
             else:
-                chunks += self._scheduler.adapter_failed(outcome.digest, outcome.error, now_s)
+                chunks += self._scheduler.adapter_failed(outcome.digest, outcome.error, now_s, outcome.timing)
         chunks += self._scheduler.refuse_late(now_s)
         plan = self._scheduler.schedule(now_s)
         for digest in plan.evicted:

@@ -6,13 +6,14 @@ Should it die, engines keep what they have mapped and go on; the next engine get
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 
 import msgspec
 
 from rekindle.fleet.control import BegunHelper, Helper, LaunchFailed
-from rekindle.protocol.tiers import MAX_MESSAGE_BYTES, AskSnapshot, Attach, Reply, Snapshot
+from rekindle.protocol.tiers import MAX_MESSAGE_BYTES, AskSnapshot, Attach, Reply, Snapshot, SnapshotTaken
 
 _COMMAND = (sys.executable, "-m", "rekindle.store.node")
 _ANSWER_S = 10.0
@@ -84,6 +85,11 @@ class HostMemoryNode:
         return self._helper
 
     def _heed(self, message: bytes, descriptors: list[int]) -> None:
-        reply = msgspec.msgpack.decode(message, type=Reply)
-        if isinstance(reply, Snapshot):
-            self._snapshots.put_nowait(reply)
+        try:
+            match msgspec.msgpack.decode(message, type=Reply), descriptors:
+                case SnapshotTaken(num_bytes), [descriptor]:
+                    content = os.pread(descriptor, num_bytes, 0)
+                    self._snapshots.put_nowait(msgspec.msgpack.decode(content, type=Snapshot))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)

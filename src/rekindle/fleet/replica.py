@@ -15,6 +15,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 from typing import Never
 
@@ -37,7 +38,9 @@ from rekindle.fleet.open_requests import OpenRequests
 from rekindle.fleet.state import ReplicaState, check_transition
 from rekindle.fleet.stream import RequestStream
 from rekindle.fleet.supervision import RestartPolicy, Supervision
+from rekindle.policy.load_estimates import LoadEstimates
 from rekindle.protocol.adapters import AdapterManifest
+from rekindle.protocol.estimates import START, StageEstimate
 from rekindle.protocol.generation import AbortRequest, GenerateRequest, TokenChunk
 from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.replica import EngineFatal, EngineReady, EngineSettings, EngineStats
@@ -86,6 +89,8 @@ class Replica:
         self.last_start_s: tuple[tuple[str, float], ...] = ()
         self.restarts_total = 0
         self.wakes_total = 0
+        self._starts = LoadEstimates()
+        self._load_estimates: tuple[StageEstimate, ...] = ()
 
     @property
     def state(self) -> ReplicaState:
@@ -95,6 +100,11 @@ class Replica:
     def is_ready(self) -> bool:
         """Whether a request is answered without anything having to be mended first."""
         return self._state in (ReplicaState.READY, ReplicaState.ASLEEP, ReplicaState.WAKING)
+
+    @property
+    def start_estimates(self) -> tuple[StageEstimate, ...]:
+        """How long the parts of a start are likely to take, by those there have been."""
+        return self._starts.snapshot()
 
     @property
     def engine_pid(self) -> int | None:
@@ -270,7 +280,7 @@ class Replica:
         limit_s = self._supervision.start_s
         try:
             async with asyncio.timeout(limit_s):
-                await link.send(self._settings)
+                await link.send(replace(self._settings, load_estimates=self._load_estimates))
                 message = await link.receive()
         except TimeoutError:
             raise EngineLost(f"engine process {link.pid} was not ready within {limit_s:g} s") from None
@@ -286,6 +296,8 @@ class Replica:
         self.ready = ready
         process_s = self._clock.monotonic_s() - started_s - sum(duration_s for _, duration_s in ready.parts_s)
         self.last_start_s = (("process", process_s), *ready.parts_s)
+        for part, duration_s in self.last_start_s:
+            self._starts.observe(START + part, self._settings.model.num_bytes if part == "weights" else 0, duration_s)
         parts = ", ".join(f"{part} {duration_s:.2f} s" for part, duration_s in self.last_start_s)
         _logger.info("%s: engine ready (%s)", self._name, parts)
         if self._state is not ReplicaState.STOPPED:
@@ -316,7 +328,7 @@ class Replica:
                     for chunk in chunks:
                         self._deliver(chunk)
                 case EngineStats():
-                    self.stats = message
+                    self.stats, self._load_estimates = message, message.load_estimates
                 case EngineFatal(reason):
                     raise EngineLost(reason)
                 case _:

@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from rekindle.clock import Clock
-from rekindle.gateway.seams import ServedBase
+from rekindle.gateway.seams import ServedBase, load_estimates
 from rekindle.protocol.generation import FinishReason
 from rekindle.protocol.replica import EngineStats, PoolBytes
 from rekindle.protocol.tiers import Snapshot
@@ -175,6 +175,7 @@ class _EngineCollector(Collector):
         yield self._adapters_in_use(known)
         yield _merged(known)
         yield from self._starts()
+        yield from _estimates(self._bases)
         if (tier := self._metrics.host_memory) is not None:
             yield from _host_memory(tier)
 
@@ -223,6 +224,26 @@ class _EngineCollector(Collector):
             )
             info.add_metric((str(stats.pages_total), running, waiting), self._metrics.now_s())
         return info
+
+
+def _estimates(bases: Sequence[ServedBase]) -> Iterator[Metric]:
+    """There are no more stages than `rekindle.policy.load_estimates.MAX_STAGES` a model and side of the connection."""
+    labels = (MODEL, "stage")
+    loads = "rekindle_load_estimate"
+    fixed = GaugeMetricFamily(f"{loads}_fixed_seconds", "What any load is likely to take, by stage.", labels=labels)
+    rate = GaugeMetricFamily(f"{loads}_bytes_per_second", "How fast its bytes are likely to come.", labels=labels)
+    error = GaugeMetricFamily(f"{loads}_error_ratio", "The median relative error of late predictions.", labels=labels)
+    count = CounterMetricFamily(f"{loads}_observations", "Loads that the estimate has learnt from.", labels=labels)
+    for base in bases:
+        for known in load_estimates(base.replica):
+            key = (base.name, known.stage)
+            fixed.add_metric(key, known.fixed_s)
+            count.add_metric(key, known.num_observations)
+            if known.bytes_per_s is not None:
+                rate.add_metric(key, known.bytes_per_s)
+            if known.error is not None:
+                error.add_metric(key, known.error)
+    yield from (fixed, rate, error, count)
 
 
 def _host_memory(tier: Snapshot) -> Iterator[Metric]:
@@ -283,6 +304,11 @@ def _counters(known: Sequence[tuple[str, EngineStats]]) -> Iterator[Metric]:
         ("vllm:num_preemptions", "preemptions_total", "Sequences put back because pages ran out."),
         ("rekindle_adapter_loads", "adapter_loads_total", "Adapters brought into device memory."),
         ("rekindle_adapter_load_seconds", "adapter_load_s_total", "Time in which adapters were being loaded."),
+        (
+            "rekindle_adapter_queued_seconds",
+            "adapter_queued_s_total",
+            "Time in which loads waited for those before them.",
+        ),
         ("rekindle_adapter_evictions", "adapter_evictions_total", "Adapters evicted to make room."),
         ("rekindle_prefix_evictions", "prefix_evictions_total", "Pages of cached prefixes evicted to make room."),
         ("rekindle_refused_late", "refused_late_total", "Requests that could not have their first token in time."),

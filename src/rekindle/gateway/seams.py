@@ -11,6 +11,7 @@ from rekindle.clock import Clock, SystemClock
 from rekindle.gateway.lifecycle import Lifecycle
 from rekindle.gateway.settings import GatewaySettings
 from rekindle.protocol.adapters import AdapterManifest
+from rekindle.protocol.estimates import StageEstimate
 from rekindle.protocol.generation import GenerateRequest, TokenChunk
 from rekindle.protocol.identity import AdapterDigest, ModelDigest
 from rekindle.protocol.models import ModelManifest
@@ -47,10 +48,18 @@ class Replica(Protocol):
     def last_start_s(self) -> Sequence[tuple[str, float]]: ...
 
     @property
+    def start_estimates(self) -> Sequence[StageEstimate]: ...
+
+    @property
     def restarts_total(self) -> int: ...
 
     @property
     def wakes_total(self) -> int: ...
+
+
+def load_estimates(replica: Replica) -> tuple[StageEstimate, ...]:
+    """All that is known of how long a replica's loads and its start are likely to take."""
+    return (*(() if replica.stats is None else replica.stats.load_estimates), *replica.start_estimates)
 
 
 class RegisteredAdapter(Protocol):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import APIRouter, Depends
 
-from rekindle.gateway.seams import ServedBase
+from rekindle.gateway.seams import ServedBase, load_estimates
 from rekindle.gateway.state import GatewayState, state_of
 
 router = APIRouter()
@@ -16,7 +16,8 @@ State = Annotated[GatewayState, Depends(state_of)]
 
 @router.get("/v1/store")
 async def store(state: State) -> dict[str, Any]:
-    """Every model with the parts of its latest start in seconds, and what host memory holds, in bytes."""
+    """Every model with the parts of its latest start in seconds and how long loads are likely to take, stage by stage;
+    and what host memory holds, in bytes."""
     ask = state.services.host_memory
     return {
         "object": "store",
@@ -33,5 +34,6 @@ def _model(base: ServedBase) -> dict[str, Any]:
         "is_awake": base.replica.ready is not None,
         "wakes_total": base.replica.wakes_total,
         "start_s": dict(base.replica.last_start_s),
+        "estimates": msgspec.to_builtins(load_estimates(base.replica)),
         "resident_adapters": [] if stats is None else list(stats.resident_adapters),
     }

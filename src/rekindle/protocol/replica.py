@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rekindle.protocol.adapters import AdapterManifest
+from rekindle.protocol.estimates import StageEstimate
 from rekindle.protocol.identity import AdapterDigest
 from rekindle.protocol.models import ModelManifest
 
@@ -18,7 +19,7 @@ class EngineSettings:
     `max_sequences` the sequences running at once, `max_queued` those waiting. `deterministic` selects batch-invariant
     kernels. `merge_bytes` bounds the copies of weights with an adapter merged into them that a CPU keeps; 0 never makes
     any. `merge_in_place` merges into the weights themselves, which is for a device whose memory they are copied to.
-    `deterministic` never merges.
+    `deterministic` never merges. `load_estimates` are what an earlier engine of the model has learnt of loads.
     """
 
     model_dir: str
@@ -34,6 +35,7 @@ class EngineSettings:
     device: str = "cpu"
     merge_bytes: int = 0
     merge_in_place: bool = False
+    load_estimates: tuple[StageEstimate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,8 @@ class EngineStats:
 
     Evictions are those that made room for something else: `prefix_evictions_total` counts pages. `refused_late_total`
     counts requests that could not have their first token in time, `refused_full_total` those a full queue turned away.
+    Loads of adapters took `adapter_load_s_total`, after they had waited `adapter_queued_s_total` for those before them;
+    `load_estimates` say what further ones are likely to take.
     `merged_adapter` is the adapter that the latest step found in its weights, `steps_merged_total` the number of steps
     that found any.
     """
@@ -129,3 +133,5 @@ class EngineStats:
     steps_total: int
     merged_adapter: AdapterDigest | None = None
     steps_merged_total: int = 0
+    adapter_queued_s_total: float = 0.0
+    load_estimates: tuple[StageEstimate, ...] = ()

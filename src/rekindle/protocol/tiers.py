@@ -107,5 +107,12 @@ class Snapshot(msgspec.Struct, frozen=True, tag=True):
     reads_total: int = 0
 
 
+class SnapshotTaken(msgspec.Struct, frozen=True, tag=True):
+    """A `Snapshot`, as msgpack, is in the anonymous file that comes with this: of many objects it is longer than a
+    message may be."""
+
+    num_bytes: int
+
+
 Request = Attach | Lease | Publish | Hold | Release | AskSnapshot
-Reply = Leased | Absent | Kept | Snapshot
+Reply = Leased | Absent | Kept | SnapshotTaken

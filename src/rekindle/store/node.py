@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -37,7 +38,10 @@ from rekindle.protocol.tiers import (
     Release,
     Reply,
     Request,
+    Snapshot,
+    SnapshotTaken,
 )
+from rekindle.store.anonymous_file import new_file
 from rekindle.store.memory_tier import MemoryTier, TierObject
 from rekindle.store.packing import Packed, Packer, WantedElsewhere
 
@@ -104,7 +108,7 @@ class TierNode:
                 self._leases[holder] = Counter()
                 self._selector.register(holder, selectors.EVENT_READ)
             case AskSnapshot():
-                _send(connection, self._tier.snapshot())
+                _send_snapshot(connection, self._tier.snapshot())
             case Lease(name, takes_packed) if connection in self._leases:
                 self._lease(connection, name, takes_packed)
             case Hold(name) if connection in self._leases:
@@ -221,6 +225,19 @@ def _send(connection: socket.socket, reply: Reply, *descriptors: int) -> None:
     socket.send_fds(connection, [msgspec.msgpack.encode(reply)], descriptors)
 
 
+def _send_snapshot(connection: socket.socket, snapshot: Snapshot) -> None:
+    content = msgspec.msgpack.encode(snapshot)
+    with new_file(len(content)) as file:
+        os.pwrite(file.descriptor, content, 0)
+        _send(connection, SnapshotTaken(len(content)), file.descriptor)
+
+
+def _open_as_many_files_as_allowed() -> None:
+    """Each object takes a descriptor, and the usual limit is a thousand."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def main() -> None:
     """Run as the module says."""
     parser = argparse.ArgumentParser(prog="rekindle.store.node")
@@ -228,6 +245,7 @@ def main() -> None:
     parser.add_argument("--budget-bytes", type=int, required=True)
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _open_as_many_files_as_allowed()
     TierNode(socket.socket(fileno=arguments.fd), arguments.budget_bytes, SystemClock()).run()
     os._exit(0)  # without waiting for what threads are at
 

@@ -23,6 +23,7 @@ from rekindle.clock import Clock, SystemClock
 from rekindle.engine.process import serve
 from rekindle.errors import ConfigurationError, InvalidRequest, NotFound, Overloaded
 from rekindle.protocol.adapters import AdapterManifest
+from rekindle.protocol.estimates import DISK_TO_DEVICE, StageEstimate
 from rekindle.protocol.generation import FinishReason, GenerateRequest, TokenChunk, TokenLogprobs
 from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.replica import EngineReady, EngineSettings, EngineStats, PoolBytes
@@ -73,7 +74,10 @@ def expected_tokens(request: GenerateRequest) -> tuple[int, ...]:
 
 
 class FakeEngine:
-    """Obeys the contract of an engine (`rekindle.engine.process.EngineLike`): one token per sequence and step."""
+    """Obeys the contract of an engine (`rekindle.engine.process.EngineLike`): one token per sequence and step.
+
+    It claims to have learnt from one load more than the engine before it.
+    """
 
     def __init__(self, settings: EngineSettings, faults: Faults) -> None:
         if faults.crash_at_start:
@@ -86,6 +90,7 @@ class FakeEngine:
         self._adapters: set[AdapterDigest] = set()
         self._answers: list[TokenChunk] = []
         self._num_steps = self._num_tokens = self._num_refused = 0
+        self._num_loads = 1 + sum(known.num_observations for known in settings.load_estimates)
         self.ready = EngineReady(
             num_pages=NUM_PAGES,
             page_bytes=PAGE_BYTES,
@@ -150,6 +155,7 @@ class FakeEngine:
             pages_kv_in_use=num_running,
             pages_adapter=0,
             pages_prefix_cache=0,
+            load_estimates=(StageEstimate(DISK_TO_DEVICE, 0.001, 1e9, self._num_loads, 0.1),),
             pool_bytes=PoolBytes(
                 adapters_in_use=0,
                 adapters_loading=0,

@@ -14,11 +14,13 @@ from enum import Enum, auto
 
 from rekindle.engine.scheduler.config import SchedulerConfig
 from rekindle.engine.scheduler.eviction import COLD, EvictionOrder, ReuseShare, log_price, warmth_after_use
-from rekindle.engine.scheduler.load_times import LoadTimes
 from rekindle.engine.scheduler.plan import AdapterLoad
 from rekindle.engine.scheduler.pool import PagePool
 from rekindle.errors import AdapterRejected, InternalError, NotFound
+from rekindle.policy.load_estimates import LoadEstimates
+from rekindle.policy.load_queue import LoadQueue, LoadTiming
 from rekindle.protocol.adapters import ADAPTER_LAYOUT, AdapterManifest
+from rekindle.protocol.estimates import DISK_TO_DEVICE
 from rekindle.protocol.identity import AdapterDigest
 
 _PRICE_TOLERANCE = 0.25
@@ -51,17 +53,17 @@ class AdapterCache:
     """Adapter versions by digest. `idle` and `awaited` are the idle versions nobody waits for and those somebody does,
     in the order of their value: see `eviction`."""
 
-    def __init__(self, config: SchedulerConfig, pool: PagePool) -> None:
+    def __init__(self, config: SchedulerConfig, pool: PagePool, estimates: LoadEstimates) -> None:
         self._config = config
         self._pool = pool
         self._versions: dict[AdapterDigest, _Version] = {}
         self.idle: EvictionOrder[AdapterDigest] = EvictionOrder()
         self.awaited: EvictionOrder[AdapterDigest] = EvictionOrder()
         self.reuse = ReuseShare()
-        self.loads = LoadTimes()
+        self.loads: LoadQueue[AdapterDigest] = LoadQueue(estimates)
         self._evicted: list[AdapterDigest] = []
         self._num_pages_used = 0
-        self._prices = self.loads.coefficients
+        self._prices = self._load_prices()
 
     @property
     def num_pages_used(self) -> int:
@@ -130,7 +132,7 @@ class AdapterCache:
 
     def load_s(self, digest: AdapterDigest) -> float:
         """How long a load is likely to take by itself."""
-        return self.loads.load_s(self._versions[digest].num_bytes)
+        return self.loads.estimates[DISK_TO_DEVICE].seconds(self._versions[digest].num_bytes)
 
     def residency(self, digest: AdapterDigest) -> Residency:
         return self._versions[digest].residency
@@ -185,22 +187,22 @@ class AdapterCache:
         version.residency = Residency.LOADING
         version.pages = pages
         self._num_pages_used += len(pages)
-        self.loads.begin(digest, version.num_bytes, now_s)
+        self.loads.begin(digest, DISK_TO_DEVICE, version.num_bytes, now_s)
         return AdapterLoad(version.manifest, version.path, pages)
 
-    def end_load(self, digest: AdapterDigest, now_s: float) -> None:
-        """The version's bytes are in its pages."""
+    def end_load(self, digest: AdapterDigest, now_s: float, timing: LoadTiming | None = None) -> None:
+        """The version's bytes are in its pages; `timing` is known where the load was timed."""
         version = self._loading(digest)
-        self.loads.end(digest, now_s, succeeded=True)
+        self.loads.end(digest, now_s, succeeded=True, timing=timing)
         version.residency = Residency.READY
         self._place(version)
         self._reprice()
         self._forget_if_done(version)
 
-    def fail_load(self, digest: AdapterDigest, now_s: float) -> None:
+    def fail_load(self, digest: AdapterDigest, now_s: float, timing: LoadTiming | None = None) -> None:
         """The version's bytes will not come; it is absent again and its pages are free."""
         version = self._loading(digest)
-        self.loads.end(digest, now_s, succeeded=False)
+        self.loads.end(digest, now_s, succeeded=False, timing=timing)
         self._give_pages_back(version)
         self._forget_if_done(version)
 
@@ -262,11 +264,16 @@ class AdapterCache:
 
     def _reprice(self) -> None:
         """Order idle versions anew if loads turn out to cost otherwise than when they were put in order."""
-        prices = self.loads.coefficients
+        prices = self._load_prices()
         if any(abs(new - old) > _PRICE_TOLERANCE * old for new, old in zip(prices, self._prices, strict=True)):
             self._prices = prices
             for digest in (*self.idle, *self.awaited):
                 self._place(self._versions[digest])
+
+    def _load_prices(self) -> tuple[float, float]:
+        """Seconds of any load, and of each byte."""
+        model = self.loads.estimates[DISK_TO_DEVICE]
+        return model.fixed_s, 1 / model.bytes_per_s
 
     def _forget_if_done(self, version: _Version) -> None:
         if not version.is_removed or version.num_references or version.num_pins:

@@ -20,6 +20,7 @@ from rekindle.engine.scheduler.pool import PagePool
 from rekindle.engine.scheduler.prefix import PrefixCache
 from rekindle.engine.scheduler.step_times import StepTimes
 from rekindle.errors import InternalError
+from rekindle.policy.load_estimates import LoadEstimates
 from rekindle.protocol.identity import AdapterDigest
 
 _Victim: TypeAlias = AdapterDigest | int
@@ -31,12 +32,12 @@ _Candidate: TypeAlias = tuple[float, int, _Victim]
 class PageMemory:
     """Allocation from the pool at the expense of idle prefix pages and idle adapters; counts what that evicted."""
 
-    def __init__(self, config: SchedulerConfig, times: StepTimes) -> None:
+    def __init__(self, config: SchedulerConfig, times: StepTimes, loads: LoadEstimates) -> None:
         self._page_bytes, self._page_tokens = config.page_bytes, config.page_tokens
         self._times = times
         self.pool = PagePool(config.num_pages)
         self.prefix = PrefixCache(self.pool)
-        self.adapters = AdapterCache(config, self.pool)
+        self.adapters = AdapterCache(config, self.pool, loads)
         self.num_adapters_evicted = 0
         self.num_prefix_pages_evicted = 0
 

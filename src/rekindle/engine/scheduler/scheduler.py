@@ -30,6 +30,8 @@ from rekindle.engine.scheduler.step_times import StepTimes
 from rekindle.engine.scheduler.validation import check_fits, check_prompt
 from rekindle.engine.scheduler.waiting import DepartureRate, WaitingQueue
 from rekindle.errors import Conflict, InternalError, Overloaded
+from rekindle.policy.load_estimates import LoadEstimates
+from rekindle.policy.load_queue import LoadTiming
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.generation import FinishReason, GenerateRequest, Refusal, TokenChunk
 from rekindle.protocol.identity import AdapterDigest, RequestId
@@ -41,11 +43,13 @@ __all__ = ["Scheduler", "SchedulerConfig"]
 class Scheduler:
     """Continuous batching over one pool of pages; see the module for the protocol of its use."""
 
-    def __init__(self, config: SchedulerConfig, merging: MergePolicy | None = None) -> None:
+    def __init__(
+        self, config: SchedulerConfig, merging: MergePolicy | None = None, load_estimates: LoadEstimates | None = None
+    ) -> None:
         self._config = config
         self._merging = merging
         self._times = StepTimes()
-        self._memory = PageMemory(config, self._times)
+        self._memory = PageMemory(config, self._times, load_estimates or LoadEstimates())
         self._adapters = self._memory.adapters
         self._unfinished: dict[RequestId, Sequence] = {}
         self._counters = FlowCounters()
@@ -143,25 +147,28 @@ class Scheduler:
         self._adapters.remove(digest)
         self._note_change()
 
-    def adapter_loaded(self, digest: AdapterDigest, now_s: float) -> None:
-        """An `AdapterLoad` has been carried out by `now_s`, which teaches how long loads take.
+    def adapter_loaded(self, digest: AdapterDigest, now_s: float, timing: LoadTiming | None = None) -> None:
+        """An `AdapterLoad` has been carried out by `now_s`, which teaches how long loads take: as it was timed, or else
+        by when ends of loads are reported.
 
         Raises:
             InternalError: no such load is under way.
         """
-        self._adapters.end_load(digest, now_s)
+        self._adapters.end_load(digest, now_s, timing)
         for sequence in self._queue:
             if sequence.request.adapter == digest:
                 sequence.was_adapter_ready = True
         self._note_change()
 
-    def adapter_failed(self, digest: AdapterDigest, message: str, now_s: float) -> tuple[TokenChunk, ...]:
+    def adapter_failed(
+        self, digest: AdapterDigest, message: str, now_s: float, timing: LoadTiming | None = None
+    ) -> tuple[TokenChunk, ...]:
         """An `AdapterLoad` has failed: the sequences that wait for it end with `message`.
 
         Raises:
             InternalError: no such load is under way.
         """
-        self._adapters.fail_load(digest, now_s)
+        self._adapters.fail_load(digest, now_s, timing)
         self._note_change()
         failed = [sequence for sequence in self._queue if sequence.request.adapter == digest]
         return tuple(

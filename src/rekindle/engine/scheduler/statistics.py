@@ -53,12 +53,14 @@ def engine_stats(
         prefix_hits_total=totals.tokens_found,
         preemptions_total=totals.preemptions,
         adapter_loads_total=adapters.loads.num_begun,
-        adapter_load_s_total=adapters.loads.total_s,
+        adapter_load_s_total=adapters.loads.load_s_total,
         adapter_evictions_total=memory.num_adapters_evicted,
         prefix_evictions_total=memory.num_prefix_pages_evicted,
         refused_late_total=totals.refused_late,
         refused_full_total=totals.refused_full,
         steps_total=totals.steps,
+        adapter_queued_s_total=adapters.loads.queued_s_total,
+        load_estimates=adapters.loads.estimates.snapshot(),
     )
 
 
