@@ -13,6 +13,7 @@ import pytest
 from rekindle.clock import SystemClock
 from rekindle.errors import ReplicaUnavailable
 from rekindle.fleet.launch import TemplateLauncher
+from rekindle.fleet.link import EngineLink, EngineLost
 from rekindle.fleet.replica import Replica
 from rekindle.fleet.state import ReplicaState
 from rekindle.store.home import Home
@@ -117,3 +118,46 @@ async def test_a_model_that_slept_says_what_it_would_have_said_awake(tmp_path: P
     finally:
         await replica.stop()
         await launcher.close()
+
+
+async def test_a_request_that_comes_as_the_last_one_ends_is_answered() -> None:
+    async with running(supervision=replace(QUICK, keep_alive_s=0.0)) as replica:
+        for i in range(3):
+            first = replica.generate(request(f"first {i}", 1000))
+            await anext(first)
+            wanted = request(f"next {i}")
+            answer = asyncio.create_task(collect(replica, wanted))
+            await first.aclose()
+            async with asyncio.timeout(30):
+                assert tokens_of(await answer) == expected_tokens(wanted)
+
+
+@pytest.mark.parametrize("num_turns", range(6))
+async def test_a_request_that_comes_as_an_idle_engine_dies_is_answered(
+    num_turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dies = asyncio.Event()
+    receive = EngineLink.receive
+
+    async def receive_or_die(link: EngineLink) -> object:
+        message, death = asyncio.ensure_future(receive(link)), asyncio.ensure_future(dies.wait())
+        try:
+            await asyncio.wait((message, death), return_when=asyncio.FIRST_COMPLETED)
+            if dies.is_set():
+                dies.clear()
+                raise EngineLost("it died")
+            return await message
+        finally:
+            message.cancel()
+            death.cancel()
+
+    async with running(supervision=replace(QUICK, keep_alive_s=1000.0)) as replica:
+        monkeypatch.setattr(EngineLink, "receive", receive_or_die)
+        await collect(replica, request("before"))
+        wanted = request("r")
+        answer = asyncio.create_task(collect(replica, wanted))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        dies.set()
+        async with asyncio.timeout(30):
+            assert tokens_of(await answer) == expected_tokens(wanted)
