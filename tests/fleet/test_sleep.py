@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from rekindle.clock import SystemClock
-from rekindle.errors import ReplicaUnavailable
-from rekindle.fleet.launch import TemplateLauncher
+from rekindle.clock import ManualClock, SystemClock
+from rekindle.errors import DeadlineUnreachable, ReplicaUnavailable
+from rekindle.fleet.control import ChildProcess
+from rekindle.fleet.launch import CommandLauncher, TemplateLauncher
 from rekindle.fleet.link import EngineLink, EngineLost
 from rekindle.fleet.replica import Replica
 from rekindle.fleet.state import ReplicaState
+from rekindle.protocol.generation import GenerateRequest
+from rekindle.protocol.wire import Message
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
-from rekindle.testing.fake_engine import Faults, expected_tokens
+from rekindle.testing.fake_engine import Faults, expected_tokens, fake_engine_command
 from rekindle.units import MIB
 from support.oracle import oracle_greedy
 from support.replicas import ADAPTER, QUICK, begin, collect, engine_settings, request, running, tokens_of, until
@@ -161,3 +166,49 @@ async def test_a_request_that_comes_as_an_idle_engine_dies_is_answered(
         dies.set()
         async with asyncio.timeout(30):
             assert tokens_of(await answer) == expected_tokens(wanted)
+
+
+class SecondNeverStarts:
+    """Launches a fake engine and then only processes that say nothing."""
+
+    def __init__(self) -> None:
+        self._command = fake_engine_command()
+
+    async def launch(self, connection: socket.socket, log: int) -> ChildProcess:
+        command, self._command = self._command, (sys.executable, "-c", "import signal; signal.pause()")
+        return await CommandLauncher(command).launch(connection, log)
+
+
+async def test_a_request_whose_first_token_is_overdue_does_not_wait_for_the_model_to_wake() -> None:
+    replica = Replica(engine_settings(), SystemClock(), supervision=SLEEPY, launcher=SecondNeverStarts())
+    try:
+        await replica.start()
+        await asleep(replica)
+        with pytest.raises(DeadlineUnreachable, match=r"within the 0.05 s .* the replica is waking"):
+            await collect(replica, replace(request("urgent"), ttft_slo_s=0.05))
+    finally:
+        await replica.stop()
+
+
+async def test_an_engine_is_told_how_long_a_request_waited_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[object] = []
+    send = EngineLink.send
+
+    async def send_and_note(link: EngineLink, message: Message) -> None:
+        sent.append(message)
+        await send(link, message)
+
+    monkeypatch.setattr(EngineLink, "send", send_and_note)
+    clock = ManualClock()
+    replica = Replica(engine_settings(), clock, supervision=QUICK, launcher=CommandLauncher(fake_engine_command()))
+    starting = asyncio.create_task(replica.start())
+    await asyncio.sleep(0)
+    try:
+        answer = asyncio.create_task(collect(replica, replace(request("r"), ttft_slo_s=1000.0)))
+        await asyncio.sleep(0)
+        clock.advance(7.0)
+        await starting
+        await answer
+        assert [it.waited_s for it in sent if isinstance(it, GenerateRequest)] == [7.0]
+    finally:
+        await replica.stop()

@@ -10,8 +10,9 @@ One task, made by `start` and ended by `stop`, owns the engine and everything do
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 from rekindle.clock import Clock
@@ -19,6 +20,7 @@ from rekindle.errors import (
     AdapterRejected,
     ConfigurationError,
     Conflict,
+    DeadlineUnreachable,
     EngineFailed,
     InternalError,
     RekindleError,
@@ -145,16 +147,18 @@ class Replica:
         Raises:
             Overloaded: as many requests are open as may run and wait.
             ReplicaUnavailable: the replica is not started, or is stopping, or its engines keep dying.
+            DeadlineUnreachable: the first token cannot come in time, as when an engine has to be started first.
             RequestError: the request cannot be carried out, or its adapter is unknown.
             EngineFailed: the engine gave it up, or died of it too often.
         """
         stream = self._open(request)
         try:
-            while True:
+            with self._kept_to_its_deadline(stream):
+                chunk = await stream.take()
+            yield chunk
+            while chunk.finish_reason is None:
                 chunk = await stream.take()
                 yield chunk
-                if chunk.finish_reason is not None:
-                    return
         finally:
             self._close(stream)
 
@@ -173,11 +177,34 @@ class Replica:
             raise Conflict(f"request {request.request_id} is open already; give each request an id of its own")
         if request.adapter is not None:
             self._adapters.acquire(request.adapter)
-        stream = RequestStream(request)
+        stream = RequestStream(request, self._clock.monotonic_s())
         self._requests.add(stream)
         self._idleness.end()
         self._note_news()
         return stream
+
+    @contextlib.contextmanager
+    def _kept_to_its_deadline(self, stream: RequestStream) -> Iterator[None]:
+        """Refuse a request that becomes overdue before an engine has it; from then on the engine sees to that."""
+        limit_s = stream.request.ttft_slo_s
+        timer = None
+        if limit_s is not None:
+            timer = asyncio.get_running_loop().call_later(limit_s, self._refuse_overdue, stream, limit_s)
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _refuse_overdue(self, stream: RequestStream, limit_s: float) -> None:
+        if not stream.is_submitted:
+            stream.fail(
+                DeadlineUnreachable(
+                    f"no engine could take the request within the {limit_s:g} s that ttft_slo_ms allows for the first "
+                    f"token, as the replica is {self._state.value}; try again later, or allow more",
+                    retry_after_s=1.0,
+                )
+            )
 
     def _check_takes_requests(self) -> None:
         match self._state:

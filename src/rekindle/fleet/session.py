@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from dataclasses import replace
 from typing import Never
 
 from rekindle.clock import Clock
@@ -126,7 +127,7 @@ class EngineSession:
 
     async def _submit(self, stream: RequestStream) -> None:
         try:
-            await self._link.send(stream.request)
+            await self._link.send(replace(stream.request, waited_s=self._clock.monotonic_s() - stream.opened_s))
         except WireError as error:
             stream.fail(error)
             self._requests.note_progress(stream)
