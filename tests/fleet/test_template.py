@@ -22,6 +22,7 @@ from rekindle.fleet.link import EngineLink, EngineLost
 from rekindle.fleet.replica import Replica
 from rekindle.testing.fake_engine import expected_tokens
 from support.replicas import QUICK, collect, engine_settings, request, tokens_of, until
+from support.server import is_alive
 
 TEMPLATE = (
     sys.executable,
@@ -54,13 +55,6 @@ async def forked(launcher: TemplateLauncher) -> AsyncIterator[Replica]:
 def parent_of(pid: int) -> int:
     status = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid"))
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
 
 
 async def test_two_engines_of_one_template_answer_as_engines_of_their_own_do() -> None:
