@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,26 +170,60 @@ async def test_a_request_that_comes_as_an_idle_engine_dies_is_answered(
             assert tokens_of(await answer) == expected_tokens(wanted)
 
 
-class SecondNeverStarts:
-    """Launches a fake engine and then only processes that say nothing."""
+class OtherThanTheFirst:
+    """Launches a fake engine and then only processes of another command."""
 
-    def __init__(self) -> None:
-        self._command = fake_engine_command()
+    def __init__(self, *then: str) -> None:
+        self._command, self._then = fake_engine_command(), then
 
     async def launch(self, connection: socket.socket, log: int) -> ChildProcess:
-        command, self._command = self._command, (sys.executable, "-c", "import signal; signal.pause()")
+        command, self._command = self._command, self._then
         return await CommandLauncher(command).launch(connection, log)
 
 
-async def test_a_request_whose_first_token_is_overdue_does_not_wait_for_the_model_to_wake() -> None:
-    replica = Replica(engine_settings(), SystemClock(), supervision=SLEEPY, launcher=SecondNeverStarts())
+@asynccontextmanager
+async def cannot_wake(*then: str) -> AsyncIterator[Replica]:
+    """A replica that sleeps and gets only such processes when it is to wake."""
+    launcher = OtherThanTheFirst(*then)
+    supervision = replace(SLEEPY, max_fruitless_crashes=2)
+    replica = Replica(engine_settings(), SystemClock(), supervision=supervision, launcher=launcher)
     try:
         await replica.start()
         await asleep(replica)
-        with pytest.raises(DeadlineUnreachable, match=r"within the 0.05 s .* the replica is waking"):
-            await collect(replica, replace(request("urgent"), ttft_slo_s=0.05))
+        yield replica
     finally:
         await replica.stop()
+
+
+HUNG = (sys.executable, "-c", "import signal; signal.pause()")
+
+
+async def test_requests_that_wait_for_a_model_which_cannot_wake_are_refused() -> None:
+    async with cannot_wake(*fake_engine_command(Faults(crash_at_start=True))) as replica:
+        answers = await asyncio.gather(*(collect(replica, request(f"{i}")) for i in range(3)), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [ReplicaUnavailable] * 3
+        assert not replica.is_ready
+
+
+async def test_whoever_leaves_while_the_model_wakes_leaves_nothing_open() -> None:
+    async with cannot_wake(*HUNG) as replica:
+        reader = asyncio.create_task(collect(replica, request("r")))
+        await until(lambda: replica.state is ReplicaState.WAKING, "waking")
+        reader.cancel()
+        await asyncio.wait([reader])
+        assert not len(replica._requests)
+    async with running(supervision=SLEEPY) as replica:
+        await asleep(replica)
+        reader = asyncio.create_task(collect(replica, request("r")))
+        await until(lambda: replica.state is ReplicaState.WAKING, "waking")
+        reader.cancel()
+        await until(lambda: replica.wakes_total == 1 and replica.state is ReplicaState.ASLEEP, "sleep again")
+
+
+async def test_a_request_whose_first_token_is_overdue_does_not_wait_for_the_model_to_wake() -> None:
+    async with cannot_wake(*HUNG) as replica:
+        with pytest.raises(DeadlineUnreachable, match=r"within the 0.05 s .* the replica is waking"):
+            await collect(replica, replace(request("urgent"), ttft_slo_s=0.05))
 
 
 async def test_an_engine_is_told_how_long_a_request_waited_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

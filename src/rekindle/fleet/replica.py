@@ -245,7 +245,7 @@ class Replica:
                 lost = await self._run_engine_to_its_end()
                 if self._state is ReplicaState.STOPPED:
                     return  # a task group that ends with errors keeps a cancellation that came meanwhile to itself
-                if lost is None:
+                if lost is None or self._state is ReplicaState.ASLEEP:
                     await self._sleep()
                 elif self._started is not None and not self._started.done():
                     self._started.set_exception(_error_at_start(lost))
@@ -281,7 +281,7 @@ class Replica:
         self._was_fruitful = False
         started_s = self._clock.monotonic_s()
         link = await EngineLink.spawn(self._launcher)
-        grace_s = 0.0
+        session = None
         try:
             ready = await self._start_engine(link)
             session = self._session = EngineSession(
@@ -291,12 +291,10 @@ class Replica:
             await session.run()
             self._move_to(ReplicaState.ASLEEP)
         finally:
-            if self._session is not None:
-                self._was_fruitful = self._session.is_fruitful
-                if self._state in (ReplicaState.STOPPED, ReplicaState.ASLEEP):
-                    grace_s = self._supervision.stop_s
             self._session = None
-            await link.close(grace_s)
+            self._was_fruitful = session is not None and session.is_fruitful
+            is_dismissed = session is not None and self._state in (ReplicaState.STOPPED, ReplicaState.ASLEEP)
+            await link.close(self._supervision.stop_s if is_dismissed else 0.0)
 
     async def _start_engine(self, link: EngineLink) -> EngineReady:
         limit_s = self._supervision.start_s
