@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from rekindle.clock import SystemClock
 from rekindle.errors import EngineFailed
 from rekindle.fleet.host_memory import HostMemoryNode
-from rekindle.fleet.launch import TemplateLauncher
+from rekindle.fleet.launch import TEMPLATE_COMMAND, TemplateLauncher
 from rekindle.fleet.link import EngineLink, EngineLost
 from rekindle.fleet.replica import Replica
 from rekindle.testing.fake_engine import expected_tokens
@@ -64,6 +65,20 @@ async def test_two_engines_of_one_template_answer_as_engines_of_their_own_do() -
         for replica in (one, other):
             wanted = request("r")
             assert tokens_of(await collect(replica, wanted)) == expected_tokens(wanted)
+
+
+async def test_a_template_has_one_thread_since_a_fork_takes_no_other_and_holds_nothing_of_its_engines() -> None:
+    """The real one, with all its libraries: a lock that another thread holds would stay locked in a fork."""
+    async with template(*TEMPLATE_COMMAND) as launcher:
+        link = await EngineLink.spawn(launcher)
+        try:
+            mother = Path(f"/proc/{parent_of(link.pid)}")
+            assert len(list((mother / "task").iterdir())) == 1
+            kinds = (str(it.readlink()).partition(":")[0] for it in (mother / "fd").iterdir() if int(it.name) > 2)
+            held = Counter(kinds)
+            assert (held["socket"], held["pipe"]) == (1, 0)
+        finally:
+            await link.close(0.0)
 
 
 async def test_a_killed_engine_is_replaced_and_its_end_is_told(caplog: pytest.LogCaptureFixture) -> None:
