@@ -2,7 +2,10 @@
 
 When the engine dies without being told to, or gives no sign of life, another one is started; it is told of all
 adapters, and open requests go on there from the tokens received so far, under a new epoch. Their readers see a pause.
-Requests that come meanwhile wait. `open_requests` says who is given up, `supervision` when requests are refused.
+Requests that come meanwhile wait. An engine that nobody asks anything is stopped until somebody does.
+
+`session` is what passes between a replica and a ready engine, `idleness` when nobody asks. `open_requests` says who is
+given up, `supervision` when requests are refused.
 
 One task, made by `start` and ended by `stop`, owns the engine and everything done with it; nothing here polls.
 """
