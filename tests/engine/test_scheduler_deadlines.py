@@ -1,6 +1,7 @@
 """Early abort: requests that cannot have their first token in time are refused as soon as that is clear."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -110,6 +111,15 @@ def test_requests_without_a_deadline_and_resumed_ones_are_never_refused():
     assert replica.finish_reason("late") is FinishReason.ERROR
     for name in ("long", "plain", "resumed", "begun-anew"):
         replica.check_stream(RequestId(name))
+
+
+@pytest.mark.parametrize(("waited_s", "is_refused"), [(4.0, False), (6.0, True)])
+def test_time_that_passed_before_a_request_came_counts(waited_s, is_refused):
+    replica = TimedReplica(make_config(num_pages=2000))
+    replica.submit(replace(make_request("r", ttft_slo_s=5.0), waited_s=waited_s))
+    while replica.scheduler.has_work:
+        replica.timed_step()
+    assert (replica.finish_reason("r") is FinishReason.ERROR) == is_refused
 
 
 @settings(max_examples=40, deadline=None)

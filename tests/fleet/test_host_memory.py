@@ -254,6 +254,32 @@ async def test_a_node_keeps_more_objects_than_a_process_may_usually_open_files()
         resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
 
 
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+async def test_a_node_that_does_not_answer_is_shown_as_empty_and_replaced(
+    how: signal.Signals, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("rekindle.fleet.host_memory._ANSWER_S", 0.1)
+    async with node() as memory:
+        await make(await client(memory), [])
+        assert memory._helper is not None
+        os.kill(memory._helper._process.pid, how)
+        assert (await memory.snapshot()).objects == ()
+        assert "what is in host memory cannot be told: the host-memory tier" in caplog.text
+        await make(await client(memory), [])
+        monkeypatch.undo()
+        assert len((await memory.snapshot()).objects) == 1
+
+
+async def test_who_asks_what_is_in_memory_and_leaves_spoils_no_other_answer() -> None:
+    async with node() as memory:
+        await client(memory)
+        impatient = asyncio.create_task(memory.snapshot())
+        await asyncio.sleep(0)
+        impatient.cancel()
+        await make(await client(memory), [])
+        assert len((await memory.snapshot()).objects) == 1
+
+
 async def test_a_holder_that_speaks_out_of_turn_loses_its_connection_and_nobody_else_does() -> None:
     async with node() as memory:
         tier = await client(memory)

@@ -135,3 +135,12 @@ def test_a_poison_among_many_is_the_only_one_given_up(data: st.DataObject) -> No
     assert condemned == [poison]
     assert {stream.request_id for stream in requests} == set(names) - {poison}
     assert all(stream.is_submitted for stream in requests)
+
+
+def test_what_a_dismissed_engine_was_given_goes_to_the_next_and_nobody_is_suspected() -> None:
+    requests = OpenRequests(2)
+    a, b = opened(requests, "a", "b")
+    requests.take_next()
+    requests.take_back()
+    assert [stream.request.epoch for stream in (a, b)] == [1, 0]
+    assert submitted(requests) == ["a", "b"]

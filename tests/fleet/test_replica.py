@@ -253,6 +253,20 @@ async def test_a_start_that_is_overtaken_by_a_stop_fails() -> None:
         await starting
 
 
+async def test_stopping_does_not_wait_for_an_engine_that_is_not_ready() -> None:
+    stubborn = CommandLauncher((sys.executable, "-c", "import signal; signal.pause()"))
+    supervision = replace(QUICK, stop_s=1000.0)
+    replica = Replica(engine_settings(), SystemClock(), supervision=supervision, launcher=stubborn)
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    num_before = len(children.read_text().split())
+    starting = asyncio.create_task(replica.start())
+    await until(lambda: len(children.read_text().split()) > num_before, "an engine process")
+    async with asyncio.timeout(30):
+        await replica.stop()
+    with pytest.raises(EngineFailed):
+        await starting
+
+
 async def test_a_request_that_waits_for_an_engine_that_cannot_start_fails() -> None:
     command = fake_engine_command(Faults(crash_at_start=True))
     replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, launcher=CommandLauncher(command))

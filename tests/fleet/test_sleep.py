@@ -5,19 +5,27 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from rekindle.clock import SystemClock
-from rekindle.errors import ReplicaUnavailable
-from rekindle.fleet.launch import TemplateLauncher
+from rekindle.clock import ManualClock, SystemClock
+from rekindle.errors import DeadlineUnreachable, ReplicaUnavailable
+from rekindle.fleet.control import ChildProcess
+from rekindle.fleet.launch import CommandLauncher, TemplateLauncher
+from rekindle.fleet.link import EngineLink, EngineLost
 from rekindle.fleet.replica import Replica
 from rekindle.fleet.state import ReplicaState
+from rekindle.protocol.generation import GenerateRequest
+from rekindle.protocol.wire import Message
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
-from rekindle.testing.fake_engine import Faults, expected_tokens
+from rekindle.testing.fake_engine import Faults, expected_tokens, fake_engine_command
 from rekindle.units import MIB
 from support.oracle import oracle_greedy
 from support.replicas import ADAPTER, QUICK, begin, collect, engine_settings, request, running, tokens_of, until
@@ -131,3 +139,126 @@ async def test_a_model_that_slept_says_what_it_would_have_said_awake(tmp_path: P
     finally:
         await replica.stop()
         await launcher.close()
+
+
+async def test_a_request_that_comes_as_the_last_one_ends_is_answered() -> None:
+    async with running(supervision=replace(QUICK, keep_alive_s=0.0)) as replica:
+        for i in range(3):
+            first = replica.generate(request(f"first {i}", 1000))
+            await anext(first)
+            wanted = request(f"next {i}")
+            answer = asyncio.create_task(collect(replica, wanted))
+            await first.aclose()
+            async with asyncio.timeout(30):
+                assert tokens_of(await answer) == expected_tokens(wanted)
+
+
+@pytest.mark.parametrize("num_turns", range(6))
+async def test_a_request_that_comes_as_an_idle_engine_dies_is_answered(
+    num_turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dies = asyncio.Event()
+    receive = EngineLink.receive
+
+    async def receive_or_die(link: EngineLink) -> object:
+        message, death = asyncio.ensure_future(receive(link)), asyncio.ensure_future(dies.wait())
+        try:
+            await asyncio.wait((message, death), return_when=asyncio.FIRST_COMPLETED)
+            if dies.is_set():
+                dies.clear()
+                raise EngineLost("it died")
+            return await message
+        finally:
+            message.cancel()
+            death.cancel()
+
+    async with running(supervision=replace(QUICK, keep_alive_s=1000.0)) as replica:
+        monkeypatch.setattr(EngineLink, "receive", receive_or_die)
+        await collect(replica, request("before"))
+        wanted = request("r")
+        answer = asyncio.create_task(collect(replica, wanted))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        dies.set()
+        async with asyncio.timeout(30):
+            assert tokens_of(await answer) == expected_tokens(wanted)
+
+
+class OtherThanTheFirst:
+    """Launches a fake engine and then only processes of another command."""
+
+    def __init__(self, *then: str) -> None:
+        self._command, self._then = fake_engine_command(), then
+
+    async def launch(self, connection: socket.socket, log: int) -> ChildProcess:
+        command, self._command = self._command, self._then
+        return await CommandLauncher(command).launch(connection, log)
+
+
+@asynccontextmanager
+async def cannot_wake(*then: str) -> AsyncIterator[Replica]:
+    """A replica that sleeps and gets only such processes when it is to wake."""
+    launcher = OtherThanTheFirst(*then)
+    supervision = replace(SLEEPY, max_fruitless_crashes=2)
+    replica = Replica(engine_settings(), SystemClock(), supervision=supervision, launcher=launcher)
+    try:
+        await replica.start()
+        await asleep(replica)
+        yield replica
+    finally:
+        await replica.stop()
+
+
+HUNG = (sys.executable, "-c", "import signal; signal.pause()")
+
+
+async def test_requests_that_wait_for_a_model_which_cannot_wake_are_refused() -> None:
+    async with cannot_wake(*fake_engine_command(Faults(crash_at_start=True))) as replica:
+        answers = await asyncio.gather(*(collect(replica, request(f"{i}")) for i in range(3)), return_exceptions=True)
+        assert [type(answer) for answer in answers] == [ReplicaUnavailable] * 3
+        assert not replica.is_ready
+
+
+async def test_whoever_leaves_while_the_model_wakes_leaves_nothing_open() -> None:
+    async with cannot_wake(*HUNG) as replica:
+        reader = asyncio.create_task(collect(replica, request("r")))
+        await until(lambda: replica.state is ReplicaState.WAKING, "waking")
+        reader.cancel()
+        await asyncio.wait([reader])
+        assert not len(replica._requests)
+    async with running(supervision=SLEEPY) as replica:
+        await asleep(replica)
+        reader = asyncio.create_task(collect(replica, request("r")))
+        await until(lambda: replica.state is ReplicaState.WAKING, "waking")
+        reader.cancel()
+        await until(lambda: replica.wakes_total == 1 and replica.state is ReplicaState.ASLEEP, "sleep again")
+
+
+async def test_a_request_whose_first_token_is_overdue_does_not_wait_for_the_model_to_wake() -> None:
+    async with cannot_wake(*HUNG) as replica:
+        with pytest.raises(DeadlineUnreachable, match=r"within the 0.05 s .* the replica is waking"):
+            await collect(replica, replace(request("urgent"), ttft_slo_s=0.05))
+
+
+async def test_an_engine_is_told_how_long_a_request_waited_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[object] = []
+    send = EngineLink.send
+
+    async def send_and_note(link: EngineLink, message: Message) -> None:
+        sent.append(message)
+        await send(link, message)
+
+    monkeypatch.setattr(EngineLink, "send", send_and_note)
+    clock = ManualClock()
+    replica = Replica(engine_settings(), clock, supervision=QUICK, launcher=CommandLauncher(fake_engine_command()))
+    starting = asyncio.create_task(replica.start())
+    await asyncio.sleep(0)
+    try:
+        answer = asyncio.create_task(collect(replica, replace(request("r"), ttft_slo_s=1000.0)))
+        await asyncio.sleep(0)
+        clock.advance(7.0)
+        await starting
+        await answer
+        assert [it.waited_s for it in sent if isinstance(it, GenerateRequest)] == [7.0]
+    finally:
+        await replica.stop()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,11 +16,14 @@ from pathlib import Path
 import pytest
 
 from rekindle.clock import SystemClock
-from rekindle.fleet.launch import TemplateLauncher
+from rekindle.errors import EngineFailed
+from rekindle.fleet.host_memory import HostMemoryNode
+from rekindle.fleet.launch import TEMPLATE_COMMAND, TemplateLauncher
 from rekindle.fleet.link import EngineLink, EngineLost
 from rekindle.fleet.replica import Replica
 from rekindle.testing.fake_engine import expected_tokens
 from support.replicas import QUICK, collect, engine_settings, request, tokens_of, until
+from support.server import is_alive
 
 TEMPLATE = (
     sys.executable,
@@ -53,13 +58,6 @@ def parent_of(pid: int) -> int:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid"))
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
 async def test_two_engines_of_one_template_answer_as_engines_of_their_own_do() -> None:
     async with template() as launcher, forked(launcher) as one, forked(launcher) as other:
         assert one.engine_pid != other.engine_pid
@@ -67,6 +65,20 @@ async def test_two_engines_of_one_template_answer_as_engines_of_their_own_do() -
         for replica in (one, other):
             wanted = request("r")
             assert tokens_of(await collect(replica, wanted)) == expected_tokens(wanted)
+
+
+async def test_a_template_has_one_thread_since_a_fork_takes_no_other_and_holds_nothing_of_its_engines() -> None:
+    """The real one, with all its libraries: a lock that another thread holds would stay locked in a fork."""
+    async with template(*TEMPLATE_COMMAND) as launcher:
+        link = await EngineLink.spawn(launcher)
+        try:
+            mother = Path(f"/proc/{parent_of(link.pid)}")
+            assert len(list((mother / "task").iterdir())) == 1
+            kinds = (str(it.readlink()).partition(":")[0] for it in (mother / "fd").iterdir() if int(it.name) > 2)
+            held = Counter(kinds)
+            assert (held["socket"], held["pipe"]) == (1, 0)
+        finally:
+            await link.close(0.0)
 
 
 async def test_a_killed_engine_is_replaced_and_its_end_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -155,3 +167,116 @@ async def test_forks_share_no_connection_with_each_other() -> None:
         assert all(len(found) == 1 for found in of_engines)
         assert not of_engines[0] & of_engines[1]
         assert not sockets(parent_of(one.engine_pid or 0)) & (of_engines[0] | of_engines[1])
+
+
+HUNG = (sys.executable, "-c", "import signal; signal.pause()")
+
+TEMPLATE_LIKE = """
+import socket, sys, msgspec
+from rekindle.protocol.template import Ended, Forked, Ready
+control = socket.socket(fileno=int(sys.argv[2]))
+say = lambda answer: control.send(msgspec.msgpack.encode(answer))
+say(Ready())
+control.recv(100)
+"""
+
+
+def template_that(does: str) -> tuple[str, ...]:
+    """A process that is ready as a template is, and does something else when it is asked for an engine."""
+    return (sys.executable, "-c", TEMPLATE_LIKE + does)
+
+
+async def test_a_stop_does_not_wait_for_a_template_that_is_not_ready() -> None:
+    async with template(*HUNG) as launcher:
+        replica = Replica(engine_settings(), SystemClock(), supervision=QUICK, launcher=launcher)
+        starting = asyncio.create_task(replica.start())
+        await until(launcher._lock.locked, "the launch")
+        async with asyncio.timeout(30):
+            await replica.stop()
+        with pytest.raises(EngineFailed):
+            await starting
+
+
+@pytest.mark.parametrize(
+    ("does", "message"),
+    [
+        ("raise SystemExit", "has died"),
+        ("control.send(b'torn'); control.recv(100)", "has died"),
+        ("say(Ready()); control.recv(100)", "has died"),
+        ("say(Forked(1)); control.recv(100)", "has died"),
+        ("say(Ended(1, 0)); raise SystemExit", "has died"),
+    ],
+)
+async def test_a_template_that_dies_or_talks_nonsense_when_it_is_to_fork_fails_the_launch(
+    does: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rekindle.fleet.launch._FORK_S", 1000.0)
+    async with template(*template_that(does)) as launcher, asyncio.timeout(30):
+        with pytest.raises(EngineLost, match=message):
+            await EngineLink.spawn(launcher)
+
+
+SLOW_TO_FORK = """
+import os, sys, time
+from pathlib import Path
+from rekindle.engine.template import main
+from rekindle.testing.fake_engine import FakeEngine, Faults
+fork = os.fork
+may_fork = Path(sys.argv.pop(1))
+def fork_when_told():
+    Path(f"{may_fork}.asked").touch()
+    while not may_fork.exists():
+        time.sleep(0.002)
+    return fork()
+os.fork = fork_when_told
+main(lambda settings, clock, wake: FakeEngine(settings, Faults()))
+"""
+
+
+async def test_an_engine_that_nobody_waits_for_any_more_is_ended(tmp_path: Path) -> None:
+    may_fork = tmp_path / "may-fork"
+    async with template(sys.executable, "-c", SLOW_TO_FORK, str(may_fork)) as launcher:
+        abandoned = asyncio.create_task(EngineLink.spawn(launcher))
+        await until(Path(f"{may_fork}.asked").exists, "the fork's being asked for")
+        abandoned.cancel()
+        await asyncio.wait([abandoned])
+        may_fork.touch()
+        async with forked(launcher) as replica:
+            mother = parent_of(replica.engine_pid or 0)
+            children = Path(f"/proc/{mother}/task/{mother}/children")
+            await until(lambda: children.read_text().split() == [str(replica.engine_pid)], "the end of the other")
+
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+async def test_no_zombie_is_left_where_nobody_else_reaps_orphans(caplog: pytest.LogCaptureFixture) -> None:
+    """As in a container whose first process is the server."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1) == 0
+    try:
+        async with template() as launcher, forked(launcher) as replica:
+            orphan = replica.engine_pid or 0
+            mother = parent_of(orphan)
+            os.kill(mother, signal.SIGKILL)
+            await until(lambda: not is_alive(mother), "the template's end")
+            os.kill(orphan, signal.SIGKILL)
+            await until(lambda: replica.restarts_total == 1 and replica.is_ready, "another engine")
+            assert f"engine process {orphan} was killed by SIGKILL" in caplog.text
+            assert not Path(f"/proc/{orphan}").exists()
+    finally:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 0)
+
+
+async def test_an_engine_starts_without_the_host_memory_that_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("rekindle.fleet.host_memory._COMMAND", ("/nonexistent/python",))
+    launcher = TemplateLauncher(TEMPLATE, HostMemoryNode(0))
+    try:
+        async with forked(launcher) as replica:
+            wanted = request("r")
+            assert tokens_of(await collect(replica, wanted)) == expected_tokens(wanted)
+        assert "an engine starts without host memory: /nonexistent/python could not be started" in caplog.text
+    finally:
+        await launcher.close()

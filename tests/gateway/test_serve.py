@@ -133,3 +133,51 @@ async def test_open_requests_are_given_up_when_the_time_to_drain_is_over(serving
         send(signal.SIGTERM)
         assert await running.exit_code == 0
         assert not serving.replica.active
+
+
+class Part:
+    """A replica, or what it leans on, that says when it was told to end and ends when all have been."""
+
+    def __init__(self, told: list[Part], num_parts: int) -> None:
+        self._told, self._num_parts = told, num_parts
+
+    async def start(self) -> None:
+        return
+
+    async def stop(self) -> None:
+        self._told.append(self)
+        while len(self._told) < self._num_parts:
+            await asyncio.sleep(0.002)
+
+    close = stop
+
+
+async def test_engines_are_stopped_side_by_side(make_services):
+    told: list[Part] = []
+    replicas = [Part(told, 3) for _ in range(3)]
+    server = RekindleServer(Settings(ServerSettings(port=0)), make_services(), replicas, show_examples=False)
+    exit_code = asyncio.create_task(server.run())
+    await server._http.listening.wait()
+    send(signal.SIGTERM)
+    async with asyncio.timeout(30):
+        assert await exit_code == 0
+    assert set(told) == set(replicas)
+
+
+async def test_a_server_that_cannot_say_that_it_is_ready_stops_everything_in_the_end(make_services, monkeypatch):
+    has_failed = asyncio.Event()
+
+    def fail(*_args, **_kwargs):
+        has_failed.set()
+        raise BrokenPipeError("nobody reads")
+
+    monkeypatch.setattr("builtins.print", fail)
+    told: list[Part] = []
+    replica, helper = Part(told, 1), Part(told, 1)
+    server = RekindleServer(Settings(ServerSettings(port=0)), make_services(), [replica], [helper], show_examples=False)
+    running = asyncio.create_task(server.run())
+    await has_failed.wait()
+    send(signal.SIGTERM)
+    with pytest.raises(BrokenPipeError):
+        await running
+    assert told == [replica, helper]

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,23 @@ def rekindle(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+def children(pid: int) -> list[int]:
+    """Child processes, of all threads, that have not ended."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with suppress(OSError):
+            found += [int(child) for child in (task / "children").read_text().split()]
+    return [child for child in found if is_alive(child)]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; zombies do not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
 @dataclass(slots=True)
 class Server:
     """A running `rekindle serve`."""
@@ -28,9 +46,14 @@ class Server:
     url: str
     home: Path
 
+    def helper_pid(self, module: str) -> int:
+        """The process that runs this module for the server."""
+        [found] = (pid for pid in children(self.process.pid) if module in Path(f"/proc/{pid}/cmdline").read_text())
+        return found
+
     def engine_pids(self) -> list[int]:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in children]
+        """Engines are forks of their template."""
+        return children(self.helper_pid("rekindle.engine.template"))
 
 
 def start(home: Path, *settings: str) -> Server:

@@ -23,7 +23,7 @@ from rekindle.cli.engines import engine_settings
 from rekindle.cli.examples import print_examples
 from rekindle.cli.settings import Settings, available_memory_bytes, home_directory
 from rekindle.clock import SystemClock
-from rekindle.errors import ConfigurationError, RekindleError
+from rekindle.errors import ConfigurationError
 from rekindle.fleet.control import BegunHelper
 from rekindle.fleet.host_memory import HostMemoryNode
 from rekindle.fleet.launch import TemplateLauncher
@@ -119,13 +119,11 @@ class RekindleServer:
         try:
             await self._http.serve(sockets=[listener])
         finally:
-            for task in (starting, self._draining):
-                if task is not None:
-                    task.cancel()
-                    with contextlib.suppress(asyncio.CancelledError, RekindleError):
-                        await task
-            for replica in self._replicas:
-                await replica.stop()
+            tasks = [starting] if self._draining is None else [starting, self._draining]
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            await asyncio.gather(*(replica.stop() for replica in self._replicas))
             for helper in self._helpers:
                 await helper.close()
         if starting.done() and not starting.cancelled() and (error := starting.exception()) is not None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import subprocess
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Generic, Protocol, Self, TypeVar
+
+import msgspec
 
 from rekindle.engine.environment import ENVIRONMENT
 from rekindle.errors import InternalError
+
+T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 
 
 class LaunchFailed(InternalError):
@@ -79,7 +86,8 @@ class BegunHelper:
 class Helper:
     """A helper process at work; `close` must be awaited in the end. All methods belong to one event loop.
 
-    Every message it sends is given to `heed`; `lost` is called once, when it has died or is closed.
+    Every message it sends is given to `heed`, which owns the descriptors and raises MsgspecError at nonsense. `lost` is
+    called once, when it has died, talks nonsense or is closed.
     """
 
     def __init__(
@@ -126,10 +134,58 @@ class Helper:
             return
         except OSError:
             message, descriptors = b"", []
-        if message:
-            self._heed(message, descriptors)
-        else:
+        if not message:
             self.give_up()
+            return
+        try:
+            self._heed(message, descriptors)
+        except msgspec.MsgspecError as error:
+            _logger.error("helper process %d is given up, as it talks nonsense: %s", self._process.pid, error)
+            self.give_up()
+
+
+class Answers(Generic[T]):
+    """What a helper is asked for: answers come in the order of the questions, and who has asked may go away meanwhile.
+    Errors call the helper `name`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._awaited: deque[asyncio.Future[T]] = deque()
+
+    async def next(self, limit_s: float) -> T:
+        """The answer to the question just asked.
+
+        Raises:
+            LaunchFailed: the helper died, or did not answer in time.
+        """
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._awaited.append(answer)
+        try:
+            async with asyncio.timeout(limit_s):
+                return await answer
+        except TimeoutError:
+            raise LaunchFailed(f"{self._name} did not answer within {limit_s:g} s") from None
+
+    def give(self, answer: T) -> bool:
+        """Pass on what was asked for; False if who did is gone.
+
+        Raises:
+            ValidationError: nobody has asked for it.
+        """
+        if not self._awaited:
+            raise msgspec.ValidationError(f"nobody has asked for {answer!r}")
+        awaited = self._awaited.popleft()
+        if awaited.done():
+            return False
+        awaited.set_result(answer)
+        return True
+
+    def fail(self) -> None:
+        """There will be no more answers."""
+        while self._awaited:
+            awaited = self._awaited.popleft()
+            if not awaited.done():
+                awaited.set_exception(LaunchFailed(f"{self._name} has died"))
 
 
 async def run_command(command: Sequence[str], descriptors: Sequence[int], log: int) -> ChildProcess:

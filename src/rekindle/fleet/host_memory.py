@@ -6,14 +6,17 @@ Should it die, engines keep what they have mapped and go on; the next engine get
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import sys
 
 import msgspec
 
-from rekindle.fleet.control import BegunHelper, Helper, LaunchFailed
+from rekindle.fleet.control import Answers, BegunHelper, Helper, LaunchFailed
 from rekindle.protocol.tiers import MAX_MESSAGE_BYTES, AskSnapshot, Attach, Reply, Snapshot, SnapshotTaken
+
+_logger = logging.getLogger(__name__)
 
 _COMMAND = (sys.executable, "-m", "rekindle.store.node")
 _ANSWER_S = 10.0
@@ -27,7 +30,7 @@ class HostMemoryNode:
         self._budget_bytes = budget_bytes
         self._helper: Helper | None = None
         self._lock = asyncio.Lock()
-        self._snapshots: asyncio.Queue[Snapshot | None] = asyncio.Queue()
+        self._snapshots: Answers[Snapshot] = Answers("the host-memory tier")
 
     async def connect(self) -> socket.socket:
         """A connection for one holder of leases, to be handed on.
@@ -47,24 +50,16 @@ class HostMemoryNode:
             return ours
 
     async def snapshot(self) -> Snapshot:
-        """What is in the tier now; an empty one if there is no process.
-
-        Raises:
-            LaunchFailed: the process does not answer.
-        """
-        async with self._lock:
-            if self._helper is None or self._helper.is_lost:
-                return Snapshot(self._budget_bytes, 0, (), 0, 0, 0)
-            self._helper.send(msgspec.msgpack.encode(AskSnapshot()))
+        """What is in the tier now; an empty one if there is no process, or none that answers."""
+        helper = self._helper
+        if helper is not None and not helper.is_lost:
             try:
-                async with asyncio.timeout(_ANSWER_S):
-                    found = await self._snapshots.get()
-            except TimeoutError:
-                self._helper.give_up()
-                raise LaunchFailed(f"the host-memory tier did not answer within {_ANSWER_S:g} s") from None
-            if found is None:
-                raise LaunchFailed("the host-memory tier has died")
-            return found
+                helper.send(msgspec.msgpack.encode(AskSnapshot()))
+                return await self._snapshots.next(_ANSWER_S)
+            except LaunchFailed as error:
+                _logger.error("what is in host memory cannot be told: %s", error)
+                helper.give_up()
+        return Snapshot(self._budget_bytes, 0, (), 0, 0, 0)
 
     async def close(self) -> None:
         """End the process; memory that engines have mapped stays theirs."""
@@ -77,11 +72,8 @@ class HostMemoryNode:
         if self._helper is None or self._helper.is_lost:
             if self._helper is not None:
                 await self._helper.close()
-            self._snapshots = asyncio.Queue()
-            command = (*_COMMAND, "--budget-bytes", str(self._budget_bytes))
-            queue = self._snapshots
-            begun = BegunHelper(command)
-            self._helper = Helper(begun, MAX_MESSAGE_BYTES, self._heed, lambda: queue.put_nowait(None))
+            begun = BegunHelper((*_COMMAND, "--budget-bytes", str(self._budget_bytes)))
+            self._helper = Helper(begun, MAX_MESSAGE_BYTES, self._heed, self._snapshots.fail)
         return self._helper
 
     def _heed(self, message: bytes, descriptors: list[int]) -> None:
@@ -89,7 +81,7 @@ class HostMemoryNode:
             match msgspec.msgpack.decode(message, type=Reply), descriptors:
                 case SnapshotTaken(num_bytes), [descriptor]:
                     content = os.pread(descriptor, num_bytes, 0)
-                    self._snapshots.put_nowait(msgspec.msgpack.decode(content, type=Snapshot))
+                    self._snapshots.give(msgspec.msgpack.decode(content, type=Snapshot))
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)

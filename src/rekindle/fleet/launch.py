@@ -7,22 +7,28 @@ connection is the given socket, and what it writes to its standard error goes to
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Sequence
-from typing import Protocol
+from contextlib import ExitStack, suppress
+from typing import Protocol, TypeVar
 
 import msgspec
 
-from rekindle.fleet.control import BegunHelper, ChildProcess, Helper, LaunchFailed, run_command
+from rekindle.fleet.control import Answers, BegunHelper, ChildProcess, Helper, LaunchFailed, run_command
 from rekindle.fleet.host_memory import HostMemoryNode
 from rekindle.protocol.template import MAX_MESSAGE_BYTES, Answer, Ended, Forked, Ready
+
+T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "rekindle.engine")
 TEMPLATE_COMMAND = (sys.executable, "-m", "rekindle.engine.template")
 
+_NAME = "the engines' template"
 _START_S, _FORK_S = 120.0, 30.0
 """How long a template may take to import everything, and to fork."""
 
@@ -52,7 +58,7 @@ class CommandLauncher:
 
 class TemplateLauncher:
     """Forks engines off one template process, which is started when the first engine is unless it was `begun` before,
-    and again should it die. With a `node`, engines share memory through it.
+    and again should it die. With a `node`, engines share memory through it, if it can be had.
 
     All methods belong to one event loop. `close` must be awaited in the end; engines live on.
     """
@@ -73,17 +79,21 @@ class TemplateLauncher:
                 await self._drop()
                 begun, self._begun = self._begun or BegunHelper(self._command), None
                 self._template = await _Template.start(begun)
-            tier = None if self._node is None else await self._node.connect()
-            try:
-                return await self._template.fork([connection.fileno(), log, *([] if tier is None else [tier.fileno()])])
-            finally:
-                if tier is not None:
-                    tier.close()
+            with ExitStack() as lent:
+                tier = [] if (found := await self._tier()) is None else [lent.enter_context(found).fileno()]
+                return await self._template.fork([connection.fileno(), log, *tier])
 
     async def close(self) -> None:
         """End the template."""
         async with self._lock:
             await self._drop()
+
+    async def _tier(self) -> socket.socket | None:
+        try:
+            return None if self._node is None else await self._node.connect()
+        except LaunchFailed as error:
+            _logger.error("an engine starts without host memory: %s", error)
+            return None
 
     async def _drop(self) -> None:
         template, self._template = self._template, None
@@ -94,59 +104,64 @@ class TemplateLauncher:
 class _Template:
     """One template process and the engines forked off it. Made by `start`."""
 
-    def __init__(self) -> None:
-        self._helper: Helper | None = None
-        self._answers: asyncio.Queue[tuple[Ready | Forked, list[int]] | None] = asyncio.Queue()
+    def __init__(self, begun: BegunHelper) -> None:
+        self._readiness: Answers[Ready] = Answers(_NAME)
+        self._forks: Answers[_ForkedEngine] = Answers(_NAME)
         self._engines: dict[int, _ForkedEngine] = {}
-        self.is_lost = False
+        self._helper = Helper(begun, MAX_MESSAGE_BYTES, self._heed, self._note_loss)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether nothing more can be asked of it."""
+        return self._helper.is_lost
 
     @classmethod
     async def start(cls, begun: BegunHelper) -> _Template:
-        template = cls()
-        template._helper = Helper(begun, MAX_MESSAGE_BYTES, template._heed, template._note_loss)
+        template = cls(begun)
         try:
-            await template._answer(_START_S)
+            await template._next(template._readiness, _START_S)
         except BaseException:
             await template.close()
             raise
         return template
 
     async def fork(self, descriptors: Sequence[int]) -> ChildProcess:
-        assert self._helper is not None
+        """Start an engine; one that nobody waits for any more is killed."""
         self._helper.send(b"fork", descriptors)
-        answer, received = await self._answer(_FORK_S)
-        if not isinstance(answer, Forked):
-            raise LaunchFailed(f"the engines' template answered {type(answer).__name__} instead of Forked")
-        engine = self._engines[answer.pid] = _ForkedEngine(answer.pid, received[0])
-        return engine
+        return await self._next(self._forks, _FORK_S)
 
     async def close(self) -> None:
         """End the process. Engines that run are watched without it from now on."""
-        if self._helper is not None:
-            await self._helper.close()
+        await self._helper.close()
 
-    async def _answer(self, limit_s: float) -> tuple[Ready | Forked, list[int]]:
+    async def _next(self, answers: Answers[T], limit_s: float) -> T:
         try:
-            async with asyncio.timeout(limit_s):
-                answer = await self._answers.get()
-        except TimeoutError:
-            self.is_lost = True
-            raise LaunchFailed(f"the engines' template did not answer within {limit_s:g} s") from None
-        if answer is None:
-            raise LaunchFailed("the engines' template has died")
-        return answer
+            return await answers.next(limit_s)
+        except LaunchFailed:
+            self._helper.give_up()
+            raise
 
     def _heed(self, message: bytes, descriptors: list[int]) -> None:
-        match msgspec.msgpack.decode(message, type=Answer):
-            case Ended(pid, status):
-                if (engine := self._engines.pop(pid, None)) is not None:
-                    engine.note_end(status)
-            case answer:
-                self._answers.put_nowait((answer, descriptors))
+        try:
+            match msgspec.msgpack.decode(message, type=Answer):
+                case Ready() as ready:
+                    self._readiness.give(ready)
+                case Forked(pid) if descriptors:
+                    engine = self._engines[pid] = _ForkedEngine(pid, descriptors.pop())
+                    if not self._forks.give(engine):
+                        with suppress(ProcessLookupError):
+                            engine.kill()
+                case Ended(pid, status) if pid in self._engines:
+                    self._engines.pop(pid).note_end(status)
+                case answer:
+                    raise msgspec.ValidationError(f"{answer} is out of turn")
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
 
     def _note_loss(self) -> None:
-        self.is_lost = True
-        self._answers.put_nowait(None)
+        self._readiness.fail()
+        self._forks.fail()
         for engine in self._engines.values():
             engine.watch()
 
@@ -178,4 +193,14 @@ class _ForkedEngine:
 
     def _note_silent_end(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
-        self.note_end(None)
+        self.note_end(self._reap())
+
+    def _reap(self) -> int | None:
+        """Without their template, engines are children of the first process of their container, which may be this."""
+        try:
+            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            return None
+        if ended is None:
+            return None
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status

@@ -58,28 +58,19 @@ class EngineLink:
         Raises:
             EngineLost: it cannot be launched.
         """
-        spawning = asyncio.ensure_future(cls._spawn(launcher))
-        try:
-            return await asyncio.shield(spawning)
-        except asyncio.CancelledError:
-            await asyncio.wait([spawning])
-            if spawning.exception() is None:
-                await spawning.result().close(0.0)
-            raise
-
-    @classmethod
-    async def _spawn(cls, launcher: Launcher) -> EngineLink:
         ours, theirs = socket.socketpair()
-        log, log_pipe, log_end = await _log_pipe()
-        with theirs:
+        with theirs, contextlib.ExitStack() as undo:
             reader, writer = await asyncio.open_unix_connection(sock=ours)
+            undo.callback(writer.transport.abort)
+            log, log_pipe, log_end = await _log_pipe()
+            undo.callback(log_pipe.close)
             try:
                 process = await launcher.launch(theirs, log_end)
             except LaunchFailed as error:
-                writer.transport.abort()
                 raise EngineLost(str(error)) from error
             finally:
                 os.close(log_end)
+            undo.pop_all()
         return cls(process, reader, writer, log, log_pipe)
 
     @property
@@ -156,9 +147,13 @@ async def _log_pipe() -> tuple[asyncio.StreamReader, asyncio.BaseTransport, int]
     """What comes out of a pipe, the transport that brings it, and the descriptor that goes into it."""
     ours, theirs = os.pipe()
     reader = asyncio.StreamReader()
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(ours, "rb", buffering=0)
-    )
+    try:
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(ours, "rb", buffering=0)
+        )
+    except BaseException:
+        os.close(theirs)
+        raise
     return reader, transport, theirs
 
 

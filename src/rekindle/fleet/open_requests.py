@@ -67,20 +67,22 @@ class OpenRequests:
         self.note_progress(stream)
         return stream.is_submitted and not stream.is_finished
 
+    def take_back(self) -> None:
+        """Queue what is open for the next engine; nobody is to blame."""
+        self._on_trial = None
+        self._queue = {name: stream for name, stream in self._streams.items() if not stream.is_over}
+        for stream in self._queue.values():
+            if stream.is_submitted:
+                stream.begin_epoch()
+
     def engine_lost(self) -> list[RequestStream]:
         """Queue what is open for the next engine, and return the requests that are given up instead."""
-        running = [stream for stream in self._streams.values() if not stream.is_over]
-        present = [stream for stream in running if stream.is_submitted]
+        present = [stream for stream in self._streams.values() if stream.is_submitted and not stream.is_over]
         blamed = present if self._on_trial is None else [self._on_trial]
         for stream in blamed:
             stream.num_crashes += 1
-        self._on_trial = None
-        self._queue.clear()
-        condemned = []
-        for stream in running:
-            stream.begin_epoch()
-            if stream.num_crashes >= self._max_crashes:
-                condemned.append(stream)
-            else:
-                self._queue[stream.request_id] = stream
+        self.take_back()
+        condemned = [stream for stream in self._queue.values() if stream.num_crashes >= self._max_crashes]
+        for stream in condemned:
+            del self._queue[stream.request_id]
         return condemned

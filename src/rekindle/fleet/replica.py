@@ -2,7 +2,10 @@
 
 When the engine dies without being told to, or gives no sign of life, another one is started; it is told of all
 adapters, and open requests go on there from the tokens received so far, under a new epoch. Their readers see a pause.
-Requests that come meanwhile wait. `open_requests` says who is given up, `supervision` when requests are refused.
+Requests that come meanwhile wait. An engine that nobody asks anything is stopped until somebody does.
+
+`session` is what passes between a replica and a ready engine, `idleness` when nobody asks. `open_requests` says who is
+given up, `supervision` when requests are refused.
 
 One task, made by `start` and ended by `stop`, owns the engine and everything done with it; nothing here polls.
 """
@@ -12,39 +15,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
-from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Never
 
 from rekindle.clock import Clock
 from rekindle.errors import (
     AdapterRejected,
     ConfigurationError,
     Conflict,
+    DeadlineUnreachable,
     EngineFailed,
     InternalError,
     RekindleError,
     ReplicaUnavailable,
-    StreamBroken,
 )
 from rekindle.fleet.admission import Admission
+from rekindle.fleet.idleness import Idleness
 from rekindle.fleet.known_adapters import KnownAdapters
 from rekindle.fleet.launch import CommandLauncher, Launcher
 from rekindle.fleet.link import EngineLink, EngineLost
 from rekindle.fleet.open_requests import OpenRequests
+from rekindle.fleet.session import EngineSession
 from rekindle.fleet.state import ReplicaState, check_transition
 from rekindle.fleet.stream import RequestStream
 from rekindle.fleet.supervision import RestartPolicy, Supervision
 from rekindle.policy.load_estimates import LoadEstimates
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.estimates import START, StageEstimate
-from rekindle.protocol.generation import AbortRequest, GenerateRequest, TokenChunk
-from rekindle.protocol.identity import AdapterDigest, RequestId
+from rekindle.protocol.generation import GenerateRequest, TokenChunk
+from rekindle.protocol.identity import AdapterDigest
 from rekindle.protocol.replica import EngineFatal, EngineReady, EngineSettings, EngineStats
-from rekindle.protocol.wire import StepChunks, WireError
 
 _logger = logging.getLogger(__name__)
 
@@ -52,9 +53,8 @@ _logger = logging.getLogger(__name__)
 class Replica:
     """See the module. All methods belong to one event loop.
 
-    `ready` and `stats` are what the present engine last said, None while there is none. `last_start_s` are the timed
-    parts of the latest start, in order; "process" is what the engine's own leave of the whole. `launcher` starts
-    engines; `name` stands in the log.
+    `last_start_s` are the timed parts of the latest start, in order; "process" is what the engine's own leave of the
+    whole. `launcher` starts engines; `name` stands in the log.
     """
 
     def __init__(
@@ -72,20 +72,13 @@ class Replica:
         self._restarts = RestartPolicy(self._supervision)
         self._requests = OpenRequests(self._supervision.max_crashes_per_request)
         self._adapters = KnownAdapters()
-        self._aborts: deque[RequestId] = deque()
         self._admission = Admission(settings, clock)
         self._state = ReplicaState.STARTING
         self._supervisor: asyncio.Task[None] | None = None
         self._started: asyncio.Future[EngineReady] | None = None
-        self._link: EngineLink | None = None
-        self._to_send = asyncio.Event()
-        self._is_wanted, self._is_idle = asyncio.Event(), asyncio.Event()
-        self._idle_since_s = 0.0
-        self._has_running = asyncio.Event()
-        self._last_sign_s = 0.0
-        self._is_fruitful = False
-        self.ready: EngineReady | None = None
-        self.stats: EngineStats | None = None
+        self._idleness = Idleness(clock, self._supervision.keep_alive_s)
+        self._session: EngineSession | None = None
+        self._was_fruitful = False
         self.last_start_s: tuple[tuple[str, float], ...] = ()
         self.restarts_total = 0
         self.wakes_total = 0
@@ -107,9 +100,19 @@ class Replica:
         return self._starts.snapshot()
 
     @property
+    def ready(self) -> EngineReady | None:
+        """What the present engine said when it was ready, if there is one."""
+        return None if self._session is None else self._session.ready
+
+    @property
+    def stats(self) -> EngineStats | None:
+        """What the present engine last said, if there is one."""
+        return None if self._session is None else self._session.stats
+
+    @property
     def engine_pid(self) -> int | None:
-        """The engine's process id, if there is an engine."""
-        return None if self._link is None else self._link.pid
+        """The present engine's process id, if there is one."""
+        return None if self._session is None else self._session.pid
 
     async def start(self) -> EngineReady:
         """Start the engine and wait until it takes requests. To be called once; if it fails, the replica is stopped.
@@ -143,12 +146,12 @@ class Replica:
                 field="base_model",
             )
         self._adapters.add(manifest, str(path))
-        self._to_send.set()
+        self._note_news()
 
     async def remove_adapter(self, digest: AdapterDigest) -> None:
         """Refuse a version to new requests and forget it when the last that uses it ends; unknown ones are ignored."""
         self._adapters.remove(digest)
-        self._to_send.set()
+        self._note_news()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenChunk, None]:
         """Chunks of one sequence, without gap or repetition, the last with a finish reason other than ERROR. Tokens
@@ -157,16 +160,18 @@ class Replica:
         Raises:
             Overloaded: as many requests are open as may run and wait.
             ReplicaUnavailable: the replica is not started, or is stopping, or its engines keep dying.
+            DeadlineUnreachable: the first token cannot come in time, as when an engine has to be started first.
             RequestError: the request cannot be carried out, or its adapter is unknown.
             EngineFailed: the engine gave it up, or died of it too often.
         """
         stream = self._open(request)
         try:
-            while True:
+            with self._kept_to_its_deadline(stream):
+                chunk = await stream.take()
+            yield chunk
+            while chunk.finish_reason is None:
                 chunk = await stream.take()
                 yield chunk
-                if chunk.finish_reason is not None:
-                    return
         finally:
             self._close(stream)
 
@@ -185,12 +190,34 @@ class Replica:
             raise Conflict(f"request {request.request_id} is open already; give each request an id of its own")
         if request.adapter is not None:
             self._adapters.acquire(request.adapter)
-        stream = RequestStream(request)
+        stream = RequestStream(request, self._clock.monotonic_s())
         self._requests.add(stream)
-        self._to_send.set()
-        self._is_wanted.set()
-        self._is_idle.clear()
+        self._idleness.end()
+        self._note_news()
         return stream
+
+    @contextlib.contextmanager
+    def _kept_to_its_deadline(self, stream: RequestStream) -> Iterator[None]:
+        """Refuse a request that becomes overdue before an engine has it; from then on the engine sees to that."""
+        limit_s = stream.request.ttft_slo_s
+        timer = None
+        if limit_s is not None:
+            timer = asyncio.get_running_loop().call_later(limit_s, self._refuse_overdue, stream, limit_s)
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _refuse_overdue(self, stream: RequestStream, limit_s: float) -> None:
+        if not stream.is_submitted:
+            stream.fail(
+                DeadlineUnreachable(
+                    f"no engine could take the request within the {limit_s:g} s that ttft_slo_ms allows for the first "
+                    f"token, as the replica is {self._state.value}; try again later, or allow more",
+                    retry_after_s=1.0,
+                )
+            )
 
     def _check_takes_requests(self) -> None:
         match self._state:
@@ -205,20 +232,19 @@ class Replica:
                 raise ReplicaUnavailable("the server is shutting down", retry_after_s=1.0)
 
     def _close(self, stream: RequestStream) -> None:
-        if self._requests.remove(stream) and self._link is not None:
-            self._aborts.append(stream.request_id)
+        if self._requests.remove(stream) and self._session is not None:
+            self._session.abort(stream.request_id)
         adapter = stream.request.adapter
         if adapter is not None:
             self._adapters.release(adapter)
         self._admission.note_departure(len(self._requests))
         if not len(self._requests):
-            self._note_idle()
-        self._to_send.set()
+            self._idleness.begin()
+        self._note_news()
 
-    def _note_idle(self) -> None:
-        self._idle_since_s = self._clock.monotonic_s()
-        self._is_wanted.clear()
-        self._is_idle.set()
+    def _note_news(self) -> None:
+        if self._session is not None:
+            self._session.note_news()
 
     def _move_to(self, state: ReplicaState) -> None:
         check_transition(self._state, state)
@@ -226,13 +252,17 @@ class Replica:
         self._state = state
 
     async def _supervise(self) -> None:
-        """Keep an engine running until cancelled; no request outlives this."""
+        """Keep an engine running while somebody asks, until cancelled; no request outlives this."""
         try:
-            while (lost := await self._engine_loss()) is not None:
+            while True:
+                lost = await self._run_engine_to_its_end()
                 if self._state is ReplicaState.STOPPED:
                     return  # a task group that ends with errors keeps a cancellation that came meanwhile to itself
-                if isinstance(lost, _Dismissed):
+                if lost is None or self._state is ReplicaState.ASLEEP:
                     await self._sleep()
+                elif self._started is not None and not self._started.done():
+                    self._started.set_exception(_error_at_start(lost))
+                    return
                 else:
                     await asyncio.sleep(self._prepare_restart(lost))
                     self.restarts_total += 1
@@ -241,39 +271,44 @@ class Replica:
             if self._started is not None and not self._started.done():
                 self._started.set_exception(EngineFailed("the replica was stopped before its engine was ready"))
 
-    async def _engine_loss(self) -> EngineLost | None:
-        """Run one engine to its end; returns how it was lost, or None if it was the first and never got ready.
+    async def _run_engine_to_its_end(self) -> EngineLost | None:
+        """Returns how the engine was lost, or None if it is not needed for now.
 
         A fault in this process must not end the replica: it is logged, and the engine is replaced.
         """
         try:
             await self._run_engine()
-        except EngineLost as error:
-            lost = error
+        except EngineLost as lost:
+            return lost
         except Exception as error:
             _logger.exception("%s: unexpected error in supervision", self._name)
-            lost = EngineLost(f"{type(error).__name__}: {error}")
-        if self._started is None or self._started.done():
-            return lost
-        self._started.set_exception(_error_at_start(lost))
+            return EngineLost(f"{type(error).__name__}: {error}")
         return None
 
-    async def _run_engine(self) -> Never:
-        """Run one engine to its end.
+    async def _run_engine(self) -> None:
+        """Run one engine until it is not needed for now.
 
         Raises:
             EngineLost: it has died, or had to be killed.
         """
-        self._is_fruitful = False
+        self._was_fruitful = False
         started_s = self._clock.monotonic_s()
         link = await EngineLink.spawn(self._launcher)
+        session = None
         try:
-            self._note_ready(await self._start_engine(link), started_s)
-            self._link = link
-            await self._work_with(link)
+            ready = await self._start_engine(link)
+            session = self._session = EngineSession(
+                link, ready, self._requests, self._adapters, self._idleness, self._clock, self._supervision.silence_s
+            )
+            self._note_ready(ready, started_s)
+            await session.run()
+            self._move_to(ReplicaState.ASLEEP)
         finally:
-            self._link = self.ready = self.stats = None
-            is_dismissed = self._state in (ReplicaState.STOPPED, ReplicaState.ASLEEP)
+            self._session = None
+            if session is not None and session.stats is not None:
+                self._load_estimates = session.stats.load_estimates
+            self._was_fruitful = session is not None and session.is_fruitful
+            is_dismissed = session is not None and self._state in (ReplicaState.STOPPED, ReplicaState.ASLEEP)
             await link.close(self._supervision.stop_s if is_dismissed else 0.0)
 
     async def _start_engine(self, link: EngineLink) -> EngineReady:
@@ -293,7 +328,6 @@ class Replica:
                 raise EngineLost(f"the engine began with {type(message).__name__} instead of EngineReady")
 
     def _note_ready(self, ready: EngineReady, started_s: float) -> None:
-        self.ready = ready
         process_s = self._clock.monotonic_s() - started_s - sum(duration_s for _, duration_s in ready.parts_s)
         self.last_start_s = (("process", process_s), *ready.parts_s)
         for part, duration_s in self.last_start_s:
@@ -305,115 +339,18 @@ class Replica:
         if self._started is not None and not self._started.done():
             self._started.set_result(ready)
 
-    async def _work_with(self, link: EngineLink) -> Never:
-        """Exchange messages with a ready engine until it is lost."""
-        self._to_send.set()
-        lost: BaseException = EngineLost("the engine's tasks ended")
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._receive_from(link))
-                group.create_task(self._send_to(link))
-                group.create_task(self._watch(link))
-                group.create_task(self._await_idleness())
-        except* EngineLost as losses:
-            lost = min(losses.exceptions, key=lambda loss: not isinstance(loss, _Dismissed))
-        raise lost
-
-    async def _receive_from(self, link: EngineLink) -> Never:
-        while True:
-            message = await link.receive()
-            self._last_sign_s = self._clock.monotonic_s()
-            match message:
-                case StepChunks(chunks):
-                    for chunk in chunks:
-                        self._deliver(chunk)
-                case EngineStats():
-                    self.stats, self._load_estimates = message, message.load_estimates
-                case EngineFatal(reason):
-                    raise EngineLost(reason)
-                case _:
-                    raise EngineLost(f"the engine sent an unexpected {type(message).__name__}")
-
-    def _deliver(self, chunk: TokenChunk) -> None:
-        stream = self._requests.get(chunk.request_id)
-        if stream is None:
-            return
-        try:
-            num_new = stream.push(chunk)
-        except StreamBroken as error:
-            stream.fail(error)
-            num_new = 0
-        self._is_fruitful |= num_new > 0
-        if (num_new or stream.is_over) and self._requests.note_progress(stream):
-            self._to_send.set()
-
-    async def _send_to(self, link: EngineLink) -> None:
-        """Bring the engine up to date whenever something has changed, waiting while it takes nothing."""
-        while True:
-            await self._to_send.wait()
-            self._to_send.clear()
-            while self._aborts:
-                await link.send(AbortRequest(self._aborts.popleft()))
-            while (adapter_change := self._adapters.take_next()) is not None:
-                await link.send(adapter_change)
-            was_idle = not self._requests.has_running
-            if (stream := self._requests.take_next()) is not None:
-                if was_idle:
-                    self._last_sign_s = self._clock.monotonic_s()
-                    self._has_running.set()
-                await self._submit(link, stream)
-                self._to_send.set()
-
-    async def _submit(self, link: EngineLink, stream: RequestStream) -> None:
-        try:
-            await link.send(stream.request)
-        except WireError as error:
-            stream.fail(error)
-            self._requests.note_progress(stream)
-
-    async def _watch(self, link: EngineLink) -> None:
-        """Raise EngineLost when an engine that has work gives no sign of life.
-
-        Silence counts from the last frame, or from the moment an idle engine was given work.
-        """
-        limit_s = self._supervision.silence_s
-        while True:
-            await self._has_running.wait()
-            left_s = self._last_sign_s + limit_s - self._clock.monotonic_s()
-            if left_s > 0:
-                await asyncio.sleep(left_s)
-            elif self._requests.has_running:
-                raise EngineLost(f"engine process {link.pid} has given no sign of life for {limit_s:g} s")
-            else:
-                self._has_running.clear()
-
-    async def _await_idleness(self) -> Never:
-        """Raise _Dismissed when no request has been open for as long as an idle engine is kept."""
-        limit_s = self._supervision.keep_alive_s
-        if not len(self._requests):
-            self._note_idle()
-        while True:
-            await self._is_idle.wait()
-            left_s = self._idle_since_s + limit_s - self._clock.monotonic_s()
-            if left_s <= 0:
-                self._move_to(ReplicaState.ASLEEP)
-                raise _Dismissed(f"nobody has asked {self._name} anything for {limit_s:g} s")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._is_wanted.wait(), None if left_s == math.inf else left_s)
-
     async def _sleep(self) -> None:
-        """Return when there is a request. None was open when the engine was dismissed, so none is to blame."""
-        self._aborts.clear()
+        """Return when there is a request."""
+        self._requests.take_back()
         self._adapters.engine_lost()
-        await self._is_wanted.wait()
+        await self._idleness.until_over()
         self._move_to(ReplicaState.WAKING)
         self.wakes_total += 1
 
     def _prepare_restart(self, lost: EngineLost) -> float:
         """Sort out what the lost engine leaves behind; returns the seconds to wait before the next one is started."""
         now_s = self._clock.monotonic_s()
-        delay_s = self._restarts.crashed(now_s, was_fruitful=self._is_fruitful)
-        self._aborts.clear()
+        delay_s = self._restarts.crashed(now_s, was_fruitful=self._was_fruitful)
         self._adapters.engine_lost()
         for stream in self._requests.engine_lost():
             stream.fail(
@@ -435,10 +372,6 @@ class Replica:
     def _fail_all(self, message: str, retry_after_s: float) -> None:
         for stream in self._requests:
             stream.fail(ReplicaUnavailable(message, retry_after_s=retry_after_s))
-
-
-class _Dismissed(EngineLost):
-    """The engine is not needed for now."""
 
 
 def _error_at_start(lost: EngineLost) -> RekindleError:

@@ -18,12 +18,12 @@ from rekindle.protocol.identity import RequestId
 class RequestStream:
     """The output of one request across all epochs.
 
-    `is_submitted`: the present engine has been given the request. `num_crashes` counts the engines that died of it, or
-    of one of several of which it is one.
+    `opened_s` is when it came. `is_submitted`: the present engine has been given the request. `num_crashes` counts the
+    engines that died of it, or of one of several of which it is one.
     """
 
-    def __init__(self, request: GenerateRequest) -> None:
-        self._request = request
+    def __init__(self, request: GenerateRequest, opened_s: float = 0.0) -> None:
+        self._request, self.opened_s = request, opened_s
         self._token_ids = list(request.generated_token_ids)
         self._num_taken = len(self._token_ids)
         self._logprobs: list[TokenLogprobs] = []

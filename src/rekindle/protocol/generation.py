@@ -33,7 +33,8 @@ class GenerateRequest:
     `generated_token_ids` are tokens sampled in earlier epochs; generation goes on after them and
     `sampling.max_tokens` counts them. `tenant_salt` separates prefix caches. A replica is shared fairly among the
     uses that tenants make of adapters; a request of `weight` 2 may have twice the share. Lower `priority` goes first.
-    A request that cannot have its first token within `ttft_slo_s` seconds is refused as soon as that is clear.
+    A request that cannot have its first token within `ttft_slo_s` seconds is refused as soon as that is clear; it has
+    spent `waited_s` of them before it was submitted.
     """
 
     request_id: RequestId
@@ -47,6 +48,7 @@ class GenerateRequest:
     weight: float = 1.0
     priority: int = 0
     ttft_slo_s: float | None = None
+    waited_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:

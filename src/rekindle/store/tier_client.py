@@ -98,7 +98,10 @@ class TierClient:
             message, received, _, _ = socket.recv_fds(self._connection, MAX_MESSAGE_BYTES, 1)
             if not message:
                 raise ConnectionResetError("it has ended")
-            return msgspec.msgpack.decode(message, type=Reply), received[0] if received else -1
+            reply = msgspec.msgpack.decode(message, type=Reply)
+            if isinstance(reply, Leased) and not received:
+                raise ConnectionError("no descriptor could be received")  # too many are open here
+            return reply, received[0] if received else -1
         except (OSError, msgspec.MsgspecError) as error:
             self._lose(error)
             return None

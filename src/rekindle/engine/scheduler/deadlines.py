@@ -54,7 +54,7 @@ def deadline_s(sequence: Sequence) -> float | None:
     limit_s = sequence.request.ttft_slo_s
     if limit_s is None or len(sequence.tokens) > sequence.num_prompt or sequence.request.epoch:
         return None
-    return sequence.waiting_since_s + limit_s
+    return sequence.waiting_since_s + limit_s - sequence.request.waited_s
 
 
 class LoadForecast:
