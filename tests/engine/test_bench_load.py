@@ -16,7 +16,8 @@ from rekindle.bench.loaders import Loaded, Loader, loaders_of, same, touch
 from rekindle.bench.weight_files import WeightFiles, tensor_shapes, weight_files
 from rekindle.cli import main
 from rekindle.errors import ConfigurationError, InternalError
-from rekindle.store.reading import DEFAULT_PROFILE, StorageProfile, resident_share
+from rekindle.protocol.storage import DEFAULT_PROFILE, StorageProfile
+from rekindle.store.reading import resident_share
 
 pytest.importorskip("safetensors")
 

@@ -16,14 +16,8 @@ import numpy as np
 import pytest
 
 from rekindle.errors import StoredFileDamaged
-from rekindle.store.reading import (
-    BLOCK_BYTES,
-    FileRead,
-    ReadCancelled,
-    StorageProfile,
-    aligned_buffer,
-    read_file,
-)
+from rekindle.protocol.storage import BLOCK_BYTES, StorageProfile
+from rekindle.store.reading import FileRead, ReadCancelled, aligned_buffer, read_file
 from rekindle.store.safetensors_file import DTYPE_BYTES, TensorStream, header_of, write_tensors
 
 CHUNK = 4 * BLOCK_BYTES

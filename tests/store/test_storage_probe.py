@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from rekindle.errors import ConfigurationError
+from rekindle.protocol.storage import DEFAULT_PROFILE, StorageProfile
 from rekindle.store import storage_probe
-from rekindle.store.reading import DEFAULT_PROFILE, StorageProfile
 from rekindle.store.storage_probe import probe_storage
 from rekindle.units import MIB
 

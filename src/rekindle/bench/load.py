@@ -22,7 +22,8 @@ from rekindle.bench.loaders import OURS, Loader, loaders_of, same, touch
 from rekindle.bench.report import Table
 from rekindle.bench.weight_files import WeightFiles, weight_files
 from rekindle.errors import InternalError
-from rekindle.store.reading import StorageProfile, aligned_buffer, read_file, resident_share
+from rekindle.protocol.storage import StorageProfile
+from rekindle.store.reading import aligned_buffer, read_file, resident_share
 from rekindle.units import format_bytes
 
 Say = Callable[[str], None]

@@ -23,7 +23,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -31,10 +30,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from rekindle.errors import StoredFileDamaged
-from rekindle.units import MIB
-
-BLOCK_BYTES = 4096
-"""Direct reads begin and end at multiples of it, in the file and in memory. Devices ask for 512 or this."""
+from rekindle.protocol.storage import BLOCK_BYTES, DEFAULT_PROFILE, StorageProfile
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
@@ -59,35 +55,6 @@ class Verifier(Protocol):
     def verify(self, offset: int, chunk: memoryview) -> None:
         """Raise `StoredFileDamaged` unless `chunk` is what belongs at `offset`. Called in several threads at once."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class StorageProfile:
-    """How to read from one filesystem, and what it gave then: `num_threads` threads read `chunk_bytes` each at once.
-
-    Rates are in bytes a second, None where nobody measured them; `rekindle.store.storage_probe` does.
-    """
-
-    chunk_bytes: int = 4 * MIB
-    num_threads: int = 4
-    direct_bytes_s: float | None = None
-    cached_bytes_s: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.chunk_bytes < BLOCK_BYTES or self.chunk_bytes % BLOCK_BYTES:
-            raise ValueError(f"chunk_bytes is {self.chunk_bytes}; it must be a multiple of {BLOCK_BYTES}")
-        if self.num_threads < 1:
-            raise ValueError(f"num_threads is {self.num_threads}; at least 1 is needed")
-
-    @property
-    def prefers_cache(self) -> bool:
-        """Whether what the page cache holds is to be copied from there. Arrays of disks can be faster than copying."""
-        if self.direct_bytes_s is None or self.cached_bytes_s is None:
-            return True
-        return self.cached_bytes_s > self.direct_bytes_s
-
-
-DEFAULT_PROFILE = StorageProfile()
 
 
 def aligned_buffer(num_bytes: int) -> mmap.mmap:

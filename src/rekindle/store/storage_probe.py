@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from rekindle.errors import ConfigurationError
-from rekindle.store.reading import DEFAULT_PROFILE, FileRead, StorageProfile, aligned_buffer
+from rekindle.protocol.storage import DEFAULT_PROFILE, StorageProfile
+from rekindle.store.reading import FileRead, aligned_buffer
 from rekindle.units import MIB
 
 _FILE_BYTES = 128 * MIB
