@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -249,17 +250,21 @@ def _decoder(
 ) -> Decoder:
     context_tokens = settings.model.context_length
     if tier is None or kernels.layout is None:
-        return Decoder(arch, weights, kernels, context_tokens, timer)
+        with weights.reading():
+            return Decoder(arch, weights, kernels, context_tokens, timer)
     name = f"{settings.model.digest}/{settings.dtype}/{kernels.layout}"
     # No layout takes twice the room of the weights it is made of, but for the padding of small ones.
     most_bytes = 2 * settings.model.num_parameters * weights.dtype.itemsize + _ARENA_MARGIN_BYTES
     arena = SharedArena(tier, name, _STORED_DTYPES[weights.dtype], most_bytes, clock)
     try:
-        model = Decoder(arch, weights, kernels, context_tokens, timer, arena)
+        # What another engine has made, from bytes that it verified, is taken as it is.
+        with nullcontext() if arena.is_found else weights.reading():
+            model = Decoder(arch, weights, kernels, context_tokens, timer, arena)
         arena.publish()
     except ArenaMismatch as mismatch:
         _logger.error("weights are laid out anew: %s", mismatch)
-        return Decoder(arch, weights, kernels, context_tokens, timer)
+        with weights.reading():
+            return Decoder(arch, weights, kernels, context_tokens, timer)
     finally:
         arena.close()
     return model
