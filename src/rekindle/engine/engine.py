@@ -78,7 +78,9 @@ class Engine:
         config = read_config(directory)
         arch = read_architecture(config)
         context_tokens = settings.model.context_length
-        weights = weights or Weights(directory / "model.safetensors", dtype, tensor_shapes(config), device.torch_device)
+        weights = weights or Weights(
+            directory / "model.safetensors", dtype, tensor_shapes(config), device.torch_device, settings.storage
+        )
         opened_s = clock.monotonic_s()
         kernels = device.kernels(set(arch.attention), deterministic=settings.deterministic)
         kernels_s = clock.monotonic_s() - opened_s

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.identity import AdapterDigest
 from rekindle.protocol.models import ModelManifest
+from rekindle.protocol.storage import DEFAULT_PROFILE, StorageProfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class EngineSettings:
     `max_sequences` the sequences running at once, `max_queued` those waiting. `deterministic` selects batch-invariant
     kernels. `merge_bytes` bounds the copies of weights with an adapter merged into them that a CPU keeps; 0 never makes
     any. `merge_in_place` merges into the weights themselves, which is for a device whose memory they are copied to.
-    `deterministic` never merges.
+    `deterministic` never merges. `storage` says how to read from the filesystem that holds the model.
     """
 
     model_dir: str
@@ -34,6 +35,7 @@ class EngineSettings:
     device: str = "cpu"
     merge_bytes: int = 0
     merge_in_place: bool = False
+    storage: StorageProfile = DEFAULT_PROFILE
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,9 @@ from rekindle.units import MIB
 BLOCK_BYTES = 4096
 """Direct reads begin and end at multiples of it, in the file and in memory. Devices ask for 512 or this."""
 
+MAX_CHUNK_BYTES, MAX_THREADS = 64 * MIB, 128
+"""Beyond what any device gains by."""
+
 
 @dataclass(frozen=True, slots=True)
 class StorageProfile:
@@ -23,10 +26,12 @@ class StorageProfile:
     cached_bytes_s: float | None = None
 
     def __post_init__(self) -> None:
-        if self.chunk_bytes < BLOCK_BYTES or self.chunk_bytes % BLOCK_BYTES:
-            raise ValueError(f"chunk_bytes is {self.chunk_bytes}; it must be a multiple of {BLOCK_BYTES}")
-        if self.num_threads < 1:
-            raise ValueError(f"num_threads is {self.num_threads}; at least 1 is needed")
+        if not BLOCK_BYTES <= self.chunk_bytes <= MAX_CHUNK_BYTES or self.chunk_bytes % BLOCK_BYTES:
+            raise ValueError(
+                f"chunk_bytes is {self.chunk_bytes}; it must be a multiple of {BLOCK_BYTES}, at most {MAX_CHUNK_BYTES}"
+            )
+        if not 1 <= self.num_threads <= MAX_THREADS:
+            raise ValueError(f"num_threads is {self.num_threads}; it must lie in [1, {MAX_THREADS}]")
 
     @property
     def prefers_cache(self) -> bool:
