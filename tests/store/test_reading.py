@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -341,6 +342,17 @@ def test_a_hundred_reads_at_once_each_get_their_own_file(disk: Path) -> None:
 
     with ThreadPoolExecutor(len(paths)) as threads:
         assert all(threads.map(is_right, paths))
+
+
+def test_a_buffer_is_private_memory_which_alone_may_lie_in_huge_pages() -> None:
+    buffer = aligned_buffer(1 << 21)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(edge, 16) for edge in line.split()[0].split("-"))
+        if begin <= address < end:
+            assert line.split()[1] == "rw-p"
+            return
+    pytest.fail("the buffer is not mapped")
 
 
 def test_a_thousand_reads_leave_no_descriptor_thread_or_mapping(disk: Path) -> None:

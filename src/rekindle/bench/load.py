@@ -85,7 +85,7 @@ def measure_size(
                 drop_from_cache(loader.path)
                 cold_s[loader.name].append(_timed(loader))
             for loader in _shuffled(loaders, 2 * index + 1):
-                _fill_cache(loader.path)
+                fill_cache(loader.path)
                 warm_s[loader.name].append(_timed(loader))
         times = [
             LoadTimes(loader.name, loader.is_mapped, tuple(cold_s[loader.name]), tuple(warm_s[loader.name]))
@@ -152,7 +152,8 @@ def _probe(files: WeightFiles, profile: StorageProfile) -> float:
     return time.perf_counter() - started_s
 
 
-def _fill_cache(path: Path) -> None:
+def fill_cache(path: Path) -> None:
+    """Read a file into the page cache, if it is not all there."""
     if resident_share(path) < 1:
         with path.open("rb", buffering=0) as file:
             piece = bytearray(1 << 22)

@@ -62,7 +62,7 @@ def measure(arguments: argparse.Namespace) -> int:
     say("")
     print(
         f"{record.name} in {settings.dtype}: weights of {format_bytes(measured.weights_bytes)}, an adapter of "
-        f"{format_bytes(measured.adapter_bytes)}; medians of {arguments.repetitions} in ms, files in the page cache"
+        f"{format_bytes(measured.adapter_bytes)}; medians of {arguments.repetitions} in ms"
     )
     print_table(*rows(measured))
     if arguments.json is not None:
