@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -16,7 +17,9 @@ from rekindle.bench.loaders import Loaded, Loader, loaders_of, same, touch
 from rekindle.bench.weight_files import WeightFiles, tensor_shapes, weight_files
 from rekindle.cli import main
 from rekindle.errors import ConfigurationError, InternalError
-from rekindle.store.reading import DEFAULT_PROFILE, StorageProfile, resident_share
+from rekindle.protocol.storage import DEFAULT_PROFILE, StorageProfile
+from rekindle.store.reading import resident_share
+from rekindle.store.storage_profile import kept_profile
 
 pytest.importorskip("safetensors")
 
@@ -109,10 +112,12 @@ def test_the_command_writes_what_it_found_and_on_what(tmp_path: Path, capsys: py
     path, directory = tmp_path / "report.json", tmp_path / "disk"
     directory.mkdir()
     arguments = ["--sizes", "100kB,0.3MB", "--repetitions", "2", "--dir", str(directory), "--json", str(path)]
-    assert main(["bench", "load", *arguments]) == 0
+    assert main(["bench", "load", *arguments, "--home", str(tmp_path)]) == 0
     report: dict[str, Any] = json.loads(path.read_text())
     assert report["directory"] == str(directory)
     assert report["hardware"]["cpu"]
+    kept = kept_profile(tmp_path)
+    assert kept is not None and msgspec.to_builtins(kept.profile) == report["profile"]
     assert report["versions"]["torch"]
     assert [size["num_tensors"] for size in report["sizes"]] == [len(tensor_shapes(n)) for n in (100_000, 300_000)]
     for size in report["sizes"]:

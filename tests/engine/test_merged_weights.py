@@ -208,14 +208,14 @@ def test_in_place_a_head_that_is_also_the_embedding_is_never_written(bench: Benc
 def test_weights_that_are_written_again_are_those_that_were_loaded(
     llama: Served, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, written_bytes: int
 ) -> None:
-    monkeypatch.setattr(weights, "_WRITTEN_BYTES", written_bytes)
+    monkeypatch.setattr(weights, "_BLOCK_BYTES", written_bytes)
     source = Weights(llama.model_dir / "model.safetensors", dtype, tensor_shapes(read_config(llama.model_dir)))
     for names in (
         linear_names(1, "qkv", "weight"),
         ["lm_head.weight"],
         ["lm_head.weight", "model.embed_tokens.weight"],
     ):
-        loaded = source.fused(names)
+        loaded = source.rows(names).whole()
         target = torch.full_like(loaded, torch.nan)
         source.write(names, target)
         assert torch.equal(target, loaded)

@@ -183,7 +183,7 @@ def test_a_merge_that_fails_ends_nothing_but_itself(
 ) -> None:
     engine = engine_of(llama)
     with monkeypatch.context() as patched:
-        patched.setattr(merging, "place_tensors", lambda *_: 1 / 0)
+        patched.setattr(merging, "place_rows", lambda *_: 1 / 0)
         assert engine.merge("attention") is MergeState.REFUSED
     assert "division by zero" in engine.policy.news[-1].reason
     assert engine.copies.num_bytes == 0

@@ -16,6 +16,7 @@ from rekindle.engine.kernels.interface import (
     KVPool,
     LoraBatch,
     LoraGroup,
+    TensorRows,
     make_lora_batch,
 )
 from rekindle.engine.kernels.linear import FAST
@@ -263,13 +264,13 @@ def test_linear_layers_equal_the_specification(
     bias = random(outputs, dtype=torch.bfloat16, seed=1) if has_bias else None
     x = random(rows, inputs, dtype=torch.bfloat16, seed=2)
     expected = x.float() @ weight.float().T + (0 if bias is None else bias.float())
-    close(kernels.pack_linear(weight, bias)(x), expected.bfloat16())
+    close(kernels.pack_linear(TensorRows(weight), None if bias is None else TensorRows(bias))(x), expected.bfloat16())
 
 
 def test_a_linear_row_does_not_depend_on_the_batch(kernels: NativeKernels) -> None:
     if not kernels.library.has_linear:
         pytest.skip("this instruction set leaves linear layers to oneDNN")
-    linear = kernels.pack_linear(random(200, 300, dtype=torch.bfloat16), None)
+    linear = kernels.pack_linear(TensorRows(random(200, 300, dtype=torch.bfloat16)), None)
     x = random(150, 300, dtype=torch.bfloat16, seed=1)
     together = linear(x)
     for rows in (1, 2, 5, 16, 31, 64):

@@ -135,6 +135,7 @@ def test_host_memory_is_shown(server, start_server):
         other_object = shown["host_memory"]["objects"][1]
         assert (other_object["num_bytes"], other_object["kept_bytes"], other_object["is_packed"]) == (45, 30, True)
         assert other_object["reasons"] == ["worth it"]
+        assert (shown["storage"]["num_threads"], shown["storage"]["direct_bytes_s"]) == (4, None)
 
 
 def test_the_engines_memory_loads_and_refusals_are_shown(server):

@@ -21,6 +21,7 @@ from rekindle.protocol.replica import (
     Shutdown,
 )
 from rekindle.protocol.sampling import SamplingParams
+from rekindle.protocol.storage import BLOCK_BYTES, MAX_CHUNK_BYTES, MAX_THREADS, StorageProfile
 from rekindle.protocol.wire import HEADER, MAX_FRAME_BYTES, StepChunks, TornFrame, WireError, encode, read_message
 
 KINDS = [
@@ -49,6 +50,14 @@ st.register_type_strategy(
         stop_token_ids=st.lists(INTEGERS, max_size=3).map(tuple),
         logprobs=st.none() | st.integers(0, 20),
         prompt_logprobs=st.none() | st.integers(0, 20),
+    ),
+)
+st.register_type_strategy(
+    StorageProfile,
+    st.builds(
+        StorageProfile,
+        chunk_bytes=st.integers(1, MAX_CHUNK_BYTES // BLOCK_BYTES).map(lambda count: count * BLOCK_BYTES),
+        num_threads=st.integers(1, MAX_THREADS),
     ),
 )
 SHARES = st.floats(0, 1e6, exclude_min=True)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from rekindle.errors import StoredFileDamaged
+from rekindle.protocol.storage import StorageProfile
 from rekindle.store.adapter_import import import_adapter
 from rekindle.store.checksums import (
     CHUNK_BYTES,
@@ -23,7 +24,7 @@ from rekindle.store.checksums import (
 )
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
-from rekindle.store.reading import StorageProfile, aligned_buffer, read_file
+from rekindle.store.reading import aligned_buffer, read_file
 from rekindle.store.safetensors_file import TensorStream
 from support.adapter_files import AdapterDirectory
 from support.llama_directory import LlamaDirectory

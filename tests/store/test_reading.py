@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -16,14 +17,8 @@ import numpy as np
 import pytest
 
 from rekindle.errors import StoredFileDamaged
-from rekindle.store.reading import (
-    BLOCK_BYTES,
-    FileRead,
-    ReadCancelled,
-    StorageProfile,
-    aligned_buffer,
-    read_file,
-)
+from rekindle.protocol.storage import BLOCK_BYTES, StorageProfile
+from rekindle.store.reading import FileRead, ReadCancelled, aligned_buffer, read_file
 from rekindle.store.safetensors_file import DTYPE_BYTES, TensorStream, header_of, write_tensors
 
 CHUNK = 4 * BLOCK_BYTES
@@ -347,6 +342,17 @@ def test_a_hundred_reads_at_once_each_get_their_own_file(disk: Path) -> None:
 
     with ThreadPoolExecutor(len(paths)) as threads:
         assert all(threads.map(is_right, paths))
+
+
+def test_a_buffer_is_private_memory_which_alone_may_lie_in_huge_pages() -> None:
+    buffer = aligned_buffer(1 << 21)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(edge, 16) for edge in line.split()[0].split("-"))
+        if begin <= address < end:
+            assert line.split()[1] == "rw-p"
+            return
+    pytest.fail("the buffer is not mapped")
 
 
 def test_a_thousand_reads_leave_no_descriptor_thread_or_mapping(disk: Path) -> None:

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from rekindle.errors import ConfigurationError
+from rekindle.protocol.storage import DEFAULT_PROFILE, StorageProfile
 from rekindle.store import storage_probe
-from rekindle.store.reading import DEFAULT_PROFILE, StorageProfile
 from rekindle.store.storage_probe import probe_storage
 from rekindle.units import MIB
 
@@ -31,7 +31,7 @@ def rates(monkeypatch: pytest.MonkeyPatch, direct: dict[tuple[int, int], float])
 
 
 def test_a_probe_measures_both_rates_and_removes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_probe, "_FILE_BYTES", 16 * MIB)
+    monkeypatch.setattr(storage_probe, "PROBE_BYTES", 16 * MIB)
     try:
         probe = tmp_path / "probe"
         probe.touch()
@@ -48,7 +48,7 @@ def test_a_probe_measures_both_rates_and_removes_its_file(tmp_path: Path, monkey
 def test_a_filesystem_without_direct_reads_gets_the_default_and_no_made_up_rates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage_probe, "_FILE_BYTES", 16 * MIB)
+    monkeypatch.setattr(storage_probe, "PROBE_BYTES", 16 * MIB)
     real_open = os.open
 
     def refusing(path: Path, flags: int, *mode: int) -> int:

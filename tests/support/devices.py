@@ -20,6 +20,7 @@ from rekindle.engine.kernels.interface import (
 from rekindle.engine.kernels.reference import ReferenceKernels
 from rekindle.engine.lora_times import ClockMark, LoraTimer
 from rekindle.engine.weights import Weights
+from rekindle.store.safetensors_file import TensorEntry
 
 
 class Rerun:
@@ -67,8 +68,8 @@ class TensorDriven(ReferenceKernels):
 class OwnWeights(Weights):
     """Weights that are copies of the file's, as those that are brought to a GPU are."""
 
-    def _brought(self, tensor: torch.Tensor) -> torch.Tensor:
-        return super()._brought(tensor).clone()
+    def _is_used_in_place(self, entry: TensorEntry) -> bool:
+        return False
 
 
 class PagedDevice:

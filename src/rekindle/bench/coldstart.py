@@ -1,8 +1,8 @@
 """Cold starts by their parts: from a request to a model without an engine until its first token.
 
 The same request is sent, in turn, where nothing runs at all; where a template is warm and the weights have to be laid
-out; where another engine has left them in host memory; and there with an adapter that no engine has loaded yet. All
-files are in the page cache. HTTP is left out.
+out, from the page cache or from the disk; where another engine has left them in host memory; and there with an adapter
+that no engine has loaded yet. All files are in the page cache but where it says otherwise. HTTP is left out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rekindle.bench.driver import Adapter
+from rekindle.bench.load import drop_from_cache, fill_cache
 from rekindle.clock import Clock
 from rekindle.fleet.host_memory import HostMemoryNode
 from rekindle.fleet.launch import TemplateLauncher
@@ -22,9 +23,11 @@ from rekindle.protocol.generation import GenerateRequest
 from rekindle.protocol.identity import AdapterDigest, RequestId
 from rekindle.protocol.replica import EngineSettings
 from rekindle.protocol.sampling import SamplingParams
+from rekindle.store.model_import import WEIGHTS_NAME
 
-NOTHING, TEMPLATE, SHARED, ADAPTER = "nothing", "template", "template, weights", "the same; adapter asked for"
-CASES = (NOTHING, TEMPLATE, SHARED, ADAPTER)
+NOTHING, TEMPLATE, DISK = "nothing", "template", "template; weights on disk only"
+SHARED, ADAPTER = "template, weights", "the same; adapter asked for"
+CASES = (NOTHING, TEMPLATE, DISK, SHARED, ADAPTER)
 """What is there already."""
 FIRST_TOKEN = "first token"
 PROMPT_TOKENS = 32
@@ -73,8 +76,13 @@ async def measure_cold_starts(
         launcher = TemplateLauncher(node=node)
         try:
             for case in CASES:
-                if case == TEMPLATE:
+                if case in (TEMPLATE, DISK):
                     await node.close()  # the weights of the start before go with it
+                weights = Path(settings.model_dir) / WEIGHTS_NAME
+                if case == DISK:
+                    drop_from_cache(weights)
+                elif case in (NOTHING, TEMPLATE):
+                    fill_cache(weights)
                 found[case].append(await _start(settings, launcher, adapter if case == ADAPTER else None, clock))
         finally:
             await launcher.close()

@@ -22,7 +22,8 @@ from rekindle.bench.loaders import OURS, Loader, loaders_of, same, touch
 from rekindle.bench.report import Table
 from rekindle.bench.weight_files import WeightFiles, weight_files
 from rekindle.errors import InternalError
-from rekindle.store.reading import StorageProfile, aligned_buffer, read_file, resident_share
+from rekindle.protocol.storage import StorageProfile
+from rekindle.store.reading import aligned_buffer, read_file, resident_share
 from rekindle.units import format_bytes
 
 Say = Callable[[str], None]
@@ -84,7 +85,7 @@ def measure_size(
                 drop_from_cache(loader.path)
                 cold_s[loader.name].append(_timed(loader))
             for loader in _shuffled(loaders, 2 * index + 1):
-                _fill_cache(loader.path)
+                fill_cache(loader.path)
                 warm_s[loader.name].append(_timed(loader))
         times = [
             LoadTimes(loader.name, loader.is_mapped, tuple(cold_s[loader.name]), tuple(warm_s[loader.name]))
@@ -151,7 +152,8 @@ def _probe(files: WeightFiles, profile: StorageProfile) -> float:
     return time.perf_counter() - started_s
 
 
-def _fill_cache(path: Path) -> None:
+def fill_cache(path: Path) -> None:
+    """Read a file into the page cache, if it is not all there."""
     if resident_share(path) < 1:
         with path.open("rb", buffering=0) as file:
             piece = bytearray(1 << 22)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from rekindle.bench.weight_files import WeightFiles, tensors_of
+from rekindle.protocol.storage import StorageProfile
 from rekindle.store.checksums import Checksums, read_checksums
-from rekindle.store.reading import StorageProfile, aligned_buffer, read_file
+from rekindle.store.reading import aligned_buffer, read_file
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -21,7 +21,9 @@ from rekindle.cli.settings import Settings, home_directory
 from rekindle.cli.tables import print_table
 from rekindle.clock import SystemClock
 from rekindle.errors import InvalidRequest
+from rekindle.protocol.storage import DEFAULT_PROFILE
 from rekindle.store.home import Home
+from rekindle.store.storage_profile import kept_profile
 from rekindle.units import format_bytes
 from rekindle.version import VERSION
 
@@ -50,7 +52,8 @@ def measure(arguments: argparse.Namespace) -> int:
     home = Home(home_directory(arguments.home))
     with Catalog.open(home) as catalog, home.using():
         record = model_named(catalog.models(), arguments.model)
-        [settings] = engine_settings(options, [record])
+        kept = kept_profile(home.root)
+        [settings] = engine_settings(options, [record], DEFAULT_PROFILE if kept is None else kept.profile)
         with tempfile.TemporaryDirectory(prefix="rekindle-bench-") as directory:
             adapters = RandomAdapters(Path(directory), record.manifest, record.path)
             adapter = adapters.make(_RANK, ALL_LINEAR, seed=0)
@@ -59,7 +62,7 @@ def measure(arguments: argparse.Namespace) -> int:
     say("")
     print(
         f"{record.name} in {settings.dtype}: weights of {format_bytes(measured.weights_bytes)}, an adapter of "
-        f"{format_bytes(measured.adapter_bytes)}; medians of {arguments.repetitions} in ms, files in the page cache"
+        f"{format_bytes(measured.adapter_bytes)}; medians of {arguments.repetitions} in ms"
     )
     print_table(*rows(measured))
     if arguments.json is not None:

@@ -11,9 +11,12 @@ from pathlib import Path
 from rekindle.bench.hardware import describe
 from rekindle.bench.load import LoadReport, load_table, measure_size
 from rekindle.cli.reports import check_writable, say, write_report
+from rekindle.cli.settings import home_directory
 from rekindle.cli.tables import print_table
+from rekindle.clock import SystemClock
 from rekindle.errors import ConfigurationError
 from rekindle.store.storage_probe import probe_storage
+from rekindle.store.storage_profile import holds, keep_profile
 from rekindle.units import format_bytes
 from rekindle.version import VERSION
 
@@ -31,6 +34,9 @@ def measure(arguments: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory(prefix="rekindle-bench-", dir=arguments.dir) as name:
             directory = Path(name)
             profile = probe_storage(directory)
+            home = home_directory(arguments.home)
+            if holds(home, directory):
+                keep_profile(home, profile, SystemClock().unix_s())
             rate = (
                 "takes no direct reads"
                 if profile.direct_bytes_s is None

@@ -11,6 +11,7 @@ from rekindle.catalog.records import ModelRecord
 from rekindle.cli.settings import EngineOptions, available_memory_bytes
 from rekindle.errors import ConfigurationError
 from rekindle.protocol.replica import EngineSettings
+from rekindle.protocol.storage import DEFAULT_PROFILE, StorageProfile
 from rekindle.units import MIB, format_bytes
 
 _BYTES_PER_PARAMETER = {"bfloat16": 2, "float32": 4}
@@ -19,8 +20,11 @@ _BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 _MIN_POOL_BYTES = 64 * MIB
 
 
-def engine_settings(options: EngineOptions, records: list[ModelRecord]) -> list[EngineSettings]:
-    """Settings of each base's engine; what memory the weights leave is shared equally among their pools."""
+def engine_settings(
+    options: EngineOptions, records: list[ModelRecord], storage: StorageProfile = DEFAULT_PROFILE
+) -> list[EngineSettings]:
+    """Settings of each base's engine; what memory the weights leave is shared equally among their pools. `storage` is
+    the profile of the filesystem that holds the bases."""
     device = _device(options.device)
     dtype = _dtype(options.dtype, device)
     _check_merging(options, device)
@@ -40,6 +44,7 @@ def engine_settings(options: EngineOptions, records: list[ModelRecord]) -> list[
             device=device,
             merge_bytes=_merge_bytes(options, device, dtype, record),
             merge_in_place=options.merge and device != "cpu",
+            storage=storage,
         )
         for record in records
     ]

@@ -9,10 +9,13 @@ from rekindle.catalog.catalog import Catalog
 from rekindle.cli.removal import print_removal
 from rekindle.cli.settings import home_directory
 from rekindle.cli.tables import print_table
+from rekindle.clock import SystemClock
 from rekindle.engine.models.registry import check_model
-from rekindle.errors import ModelRejected
+from rekindle.errors import ConfigurationError, ModelRejected
 from rekindle.store.home import Home
 from rekindle.store.model_import import import_model
+from rekindle.store.storage_probe import PROBE_BYTES, probe_storage
+from rekindle.store.storage_profile import keep_profile, kept_profile
 from rekindle.units import format_bytes
 
 
@@ -29,6 +32,8 @@ def add(arguments: argparse.Namespace) -> int:
                 catalog.discard(home.model_directory(manifest.digest))  # what no engine can run, no server is using
                 raise
             catalog.add_model(arguments.name, manifest)
+    if manifest.num_bytes >= PROBE_BYTES:  # where engines read less than that, it makes no difference how
+        _measure_storage(home)
     print(
         f"imported {arguments.name}: {manifest.family}, {manifest.num_parameters / 1e6:.0f} M parameters, "
         f"{format_bytes(manifest.num_bytes)}, digest {manifest.digest[:12]}"
@@ -68,6 +73,16 @@ def remove(arguments: argparse.Namespace) -> int:
         catalog.remove_unreferenced()
     print_removal(arguments.name, record.path)
     return 0
+
+
+def _measure_storage(home: Home) -> None:
+    """Measure the home's filesystem, which takes a second, unless that was done; the import is there in any case."""
+    if kept_profile(home.root) is not None:
+        return
+    try:
+        keep_profile(home.root, probe_storage(home.temporary), SystemClock().unix_s())
+    except ConfigurationError as error:
+        print(f"rekindle: {error}; files are read as is usual", file=sys.stderr)
 
 
 def _progress(done: int, total: int) -> None:

@@ -38,10 +38,13 @@ class CopyTier(Protocol):
 
 
 class AdapterSources:
-    """See the module. Reading keeps to `pace`; while that is quiet, all cores unpack."""
+    """See the module. Reading keeps to `pace`; while that is quiet, all cores unpack. `disk_bytes_s` is what the disk
+    that holds the files gives when nothing is cached, if that is known."""
 
-    def __init__(self, pace: Pace, clock: Clock, tier: CopyTier | None = None) -> None:
-        self._pace, self._clock, self._tier = pace, clock, tier
+    def __init__(
+        self, pace: Pace, clock: Clock, tier: CopyTier | None = None, disk_bytes_s: float | None = None
+    ) -> None:
+        self._pace, self._clock, self._tier, self._disk_bytes_s = pace, clock, tier, disk_bytes_s
         self._threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "unpack")
 
     def bring(self, manifest: AdapterManifest, path: Path, load: Callable[[VectorSource], V]) -> V:
@@ -59,7 +62,7 @@ class AdapterSources:
         copy = self._tier.lease_copy(name)
         if copy is None:
             loaded, took_s = self._from_file(manifest, path, load)
-            self._tier.hold(_held(manifest, path, took_s))
+            self._tier.hold(self._held(manifest, path, took_s))
             return loaded
         is_damaged = False
         try:
@@ -72,7 +75,7 @@ class AdapterSources:
             loaded, took_s = self._from_file(manifest, path, load)
         finally:
             self._tier.release(name, is_damaged=is_damaged)
-        self._tier.hold(_held(manifest, path, took_s))
+        self._tier.hold(self._held(manifest, path, took_s))
         return loaded
 
     def let_go(self, digest: AdapterDigest) -> None:
@@ -101,13 +104,15 @@ class AdapterSources:
             raise PackedDamaged(f"it has {source.num_bytes} bytes, {stored_bytes(manifest)} were expected")
         return load(source)
 
+    def _held(self, manifest: AdapterManifest, path: Path, took_s: float) -> Hold:
+        num_bytes = stored_bytes(manifest)
+        if self._disk_bytes_s is not None:  # host memory stands in for the disk, whatever the page cache had this time
+            took_s = max(took_s, num_bytes / self._disk_bytes_s)
+        return Hold(_name(manifest.digest), num_bytes, manifest.dtype, took_s, str(path))
+
     def _executor(self) -> ThreadPoolExecutor | None:
         return self._threads if self._pace.is_quiet else None
 
 
 def _name(digest: AdapterDigest) -> str:
     return f"adapter/{digest}"
-
-
-def _held(manifest: AdapterManifest, path: Path, took_s: float) -> Hold:
-    return Hold(_name(manifest.digest), stored_bytes(manifest), manifest.dtype, took_s, str(path))

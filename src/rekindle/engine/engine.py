@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -80,7 +81,9 @@ class Engine:
         config = read_config(directory)
         arch = read_architecture(config)
         context_tokens = settings.model.context_length
-        weights = weights or Weights(directory / "model.safetensors", dtype, tensor_shapes(config), device.torch_device)
+        weights = weights or Weights(
+            directory / "model.safetensors", dtype, tensor_shapes(config), device.torch_device, settings.storage
+        )
         opened_s = clock.monotonic_s()
         kernels = device.kernels(set(arch.attention), deterministic=settings.deterministic)
         kernels_s = clock.monotonic_s() - opened_s
@@ -95,7 +98,7 @@ class Engine:
         num_pages = pool_bytes // page_bytes
         _check_pool(num_pages, page_bytes, pool_bytes)
         self._memory = device.memory(num_pages, page_bytes, dtype)
-        sources = AdapterSources(self._memory.pace, clock, tier)
+        sources = AdapterSources(self._memory.pace, clock, tier, settings.storage.direct_bytes_s)
         self._adapters = AdapterMemory(self._memory, sources, arch.num_layers, wake, clock)
         kv = self._memory.kv(shape, arch.num_layers, settings.page_tokens)
         graphs = _graphs(settings, model, kv, self._memory.pool_PX, device.recorder())
@@ -254,17 +257,21 @@ def _decoder(
 ) -> Decoder:
     context_tokens = settings.model.context_length
     if tier is None or kernels.layout is None:
-        return Decoder(arch, weights, kernels, context_tokens, timer)
+        with weights.reading():
+            return Decoder(arch, weights, kernels, context_tokens, timer)
     name = f"{settings.model.digest}/{settings.dtype}/{kernels.layout}"
     # No layout takes twice the room of the weights it is made of, but for the padding of small ones.
     most_bytes = 2 * settings.model.num_parameters * weights.dtype.itemsize + _ARENA_MARGIN_BYTES
     arena = SharedArena(tier, name, _STORED_DTYPES[weights.dtype], most_bytes, clock)
     try:
-        model = Decoder(arch, weights, kernels, context_tokens, timer, arena)
+        # What another engine has made, from bytes that it verified, is taken as it is.
+        with nullcontext() if arena.is_found else weights.reading():
+            model = Decoder(arch, weights, kernels, context_tokens, timer, arena)
         arena.publish()
     except ArenaMismatch as mismatch:
         _logger.error("weights are laid out anew: %s", mismatch)
-        return Decoder(arch, weights, kernels, context_tokens, timer)
+        with weights.reading():
+            return Decoder(arch, weights, kernels, context_tokens, timer)
     finally:
         arena.close()
     return model

@@ -26,14 +26,14 @@ import torch
 from rekindle.clock import Clock
 from rekindle.engine.adapters import ResidentAdapter
 from rekindle.engine.batch import Merged
-from rekindle.engine.kernels.interface import SCALE_FIELD, AdapterMatrices
+from rekindle.engine.kernels.interface import SCALE_FIELD, AdapterMatrices, Rows, TensorRows
 from rekindle.engine.models.architecture import Architecture
 from rekindle.engine.models.decoder import (
     LINEARS,
     Decoder,
     DecoderWeights,
     head_name,
-    linear_tensors,
+    linear_rows,
 )
 from rekindle.engine.scheduler.merging import AdapterSize, MergeOutcome, MergeState
 from rekindle.engine.vectors import AdapterVector
@@ -160,10 +160,10 @@ def merge_linear(
             )
 
 
-def place_tensors(weights: WeightSource, arch: Architecture, place: Place) -> tuple[torch.Tensor, torch.Tensor | None]:
+def place_rows(weights: WeightSource, arch: Architecture, place: Place) -> tuple[Rows, Rows | None]:
     """Weight and bias of a linear as the base has them."""
     layer, name = place
-    return (weights.tensor(head_name(arch)), None) if name == HEAD else linear_tensors(weights, layer, name)
+    return (weights.rows([head_name(arch)]), None) if name == HEAD else linear_rows(weights, layer, name)
 
 
 def first_rows(place: Place, bindings: Sequence[LoraBinding], arch: Architecture) -> list[tuple[int, LoraBinding]]:
@@ -305,12 +305,13 @@ class MergedCopies:
 
         layers, head = list(model.weights.layers), model.weights.head
         for place, bindings in mergeable_places(manifest, arch.num_layers).items():
-            weight_NK, bias_N = place_tensors(self._base, arch, place)
+            base_NK, bias_N = place_rows(self._base, arch, place)
+            weight_NK = base_NK.whole()
             merged_NK = weight_NK.clone()
             self._base.release_pages_of(weight_NK)
             yield
             yield from merge_linear(merged_NK, first_rows(place, bindings, arch), vector, _PIECE_ELEMENTS)
-            linear = model.kernels.pack_linear(merged_NK, bias_N)
+            linear = model.kernels.pack_linear(TensorRows(merged_NK), bias_N)
             layer, name = place
             if name == HEAD:
                 head = linear

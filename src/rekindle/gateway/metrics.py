@@ -248,10 +248,10 @@ def _estimates(bases: Sequence[ServedBase]) -> Iterator[Metric]:
 
 def _host_memory(tier: Snapshot) -> Iterator[Metric]:
     held = GaugeMetricFamily(
-        "rekindle_host_memory_bytes", "Bytes of shared weights in host memory, by use, and the budget for idle ones.",
+        "rekindle_host_memory_bytes", "Bytes of weights and adapters in host memory, by use, and the budget for idle.",
         labels=("kind",),
     )  # fmt: skip
-    in_use = sum(each.num_bytes for each in tier.objects if each.num_leases)
+    in_use = sum(each.kept_bytes for each in tier.objects if each.is_in_use)
     for kind, num_bytes in (("in_use", in_use), ("idle", tier.idle_bytes), ("idle_budget", tier.budget_bytes)):
         held.add_metric((kind,), num_bytes)
     yield held
@@ -259,6 +259,9 @@ def _host_memory(tier: Snapshot) -> Iterator[Metric]:
         ("rekindle_host_memory_hits", tier.hits_total, "Objects that an engine found in host memory."),
         ("rekindle_host_memory_misses", tier.misses_total, "Objects that an engine had to make."),
         ("rekindle_host_memory_evictions", tier.evictions_total, "Objects dropped because the budget was short."),
+        ("rekindle_host_memory_packs", tier.packs_total, "Objects packed because the budget was short."),
+        ("rekindle_host_memory_unpacks", tier.unpacks_total, "Objects unpacked for engines that map them."),
+        ("rekindle_host_memory_reads", tier.reads_total, "Adapters read again when engines had let go of them."),
     ):
         yield CounterMetricFamily(name, text, value=count)
 

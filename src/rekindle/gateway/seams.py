@@ -16,6 +16,7 @@ from rekindle.protocol.generation import GenerateRequest, TokenChunk
 from rekindle.protocol.identity import AdapterDigest, ModelDigest
 from rekindle.protocol.models import ModelManifest
 from rekindle.protocol.replica import EngineReady, EngineStats
+from rekindle.protocol.storage import DEFAULT_PROFILE, StorageProfile
 from rekindle.protocol.tiers import Snapshot
 
 
@@ -168,3 +169,5 @@ class Services:
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     host_memory: Callable[[], Awaitable[Snapshot]] | None = None
     """What is in the machine's host-memory tier now; raises `InternalError` if it cannot be told."""
+    storage: StorageProfile = DEFAULT_PROFILE
+    """How engines read from the home's filesystem."""

@@ -17,12 +17,14 @@ State = Annotated[GatewayState, Depends(state_of)]
 @router.get("/v1/store")
 async def store(state: State) -> dict[str, Any]:
     """Every model with the parts of its latest start in seconds and how long loads are likely to take, stage by stage;
-    and what host memory holds, in bytes."""
+    what host memory holds, in bytes; and how files are read: rates in bytes a second, null where they were not
+    measured."""
     ask = state.services.host_memory
     return {
         "object": "store",
         "models": [_model(base) for base in state.services.bases],
         "host_memory": None if ask is None else msgspec.to_builtins(await ask()),
+        "storage": msgspec.to_builtins(state.services.storage),
     }
 
 

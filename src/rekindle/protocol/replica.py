@@ -8,6 +8,7 @@ from rekindle.protocol.adapters import AdapterManifest
 from rekindle.protocol.estimates import StageEstimate
 from rekindle.protocol.identity import AdapterDigest
 from rekindle.protocol.models import ModelManifest
+from rekindle.protocol.storage import DEFAULT_PROFILE, StorageProfile
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class EngineSettings:
     kernels. `merge_bytes` bounds the copies of weights with an adapter merged into them that a CPU keeps; 0 never makes
     any. `merge_in_place` merges into the weights themselves, which is for a device whose memory they are copied to.
     `deterministic` never merges. `load_estimates` are what an earlier engine of the model has learnt of loads.
+    `storage` says how to read from the filesystem that holds the model.
     """
 
     model_dir: str
@@ -36,6 +38,7 @@ class EngineSettings:
     merge_bytes: int = 0
     merge_in_place: bool = False
     load_estimates: tuple[StageEstimate, ...] = ()
+    storage: StorageProfile = DEFAULT_PROFILE
 
 
 @dataclass(frozen=True, slots=True)

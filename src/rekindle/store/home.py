@@ -4,6 +4,7 @@
     catalog.lock           held for moments, while the catalog is opened
     models/<digest>/       one imported base model
     adapters/<digest>/     one adapter version
+    storage.json           how to read from the filesystem that holds all this, once it was measured
     tmp/                   directories being built or removed
     lock                   held for moments, while an entry of tmp/ is created or swept
     users.lock             shared by all processes that serve from this home or import into it

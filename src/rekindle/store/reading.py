@@ -23,7 +23,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -31,10 +30,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from rekindle.errors import StoredFileDamaged
-from rekindle.units import MIB
-
-BLOCK_BYTES = 4096
-"""Direct reads begin and end at multiples of it, in the file and in memory. Devices ask for 512 or this."""
+from rekindle.protocol.storage import BLOCK_BYTES, DEFAULT_PROFILE, StorageProfile
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
@@ -61,38 +57,13 @@ class Verifier(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class StorageProfile:
-    """How to read from one filesystem, and what it gave then: `num_threads` threads read `chunk_bytes` each at once.
-
-    Rates are in bytes a second, None where nobody measured them; `rekindle.store.storage_probe` does.
-    """
-
-    chunk_bytes: int = 4 * MIB
-    num_threads: int = 4
-    direct_bytes_s: float | None = None
-    cached_bytes_s: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.chunk_bytes < BLOCK_BYTES or self.chunk_bytes % BLOCK_BYTES:
-            raise ValueError(f"chunk_bytes is {self.chunk_bytes}; it must be a multiple of {BLOCK_BYTES}")
-        if self.num_threads < 1:
-            raise ValueError(f"num_threads is {self.num_threads}; at least 1 is needed")
-
-    @property
-    def prefers_cache(self) -> bool:
-        """Whether what the page cache holds is to be copied from there. Arrays of disks can be faster than copying."""
-        if self.direct_bytes_s is None or self.cached_bytes_s is None:
-            return True
-        return self.cached_bytes_s > self.direct_bytes_s
-
-
-DEFAULT_PROFILE = StorageProfile()
-
-
 def aligned_buffer(num_bytes: int) -> mmap.mmap:
-    """Zeroed memory for a read of `num_bytes` that begins at a block: page-aligned, a multiple of a block long."""
-    buffer = mmap.mmap(-1, max(_round_up(num_bytes), BLOCK_BYTES))
+    """Zeroed memory for a read of `num_bytes` that begins at a block: page-aligned, a multiple of a block long.
+
+    It is private, because only such memory comes in huge pages where it is asked to: into small pages, scattered as
+    they come, a virtual disk was seen to read at half its rate.
+    """
+    buffer = mmap.mmap(-1, max(_round_up(num_bytes), BLOCK_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # kernels built without huge pages
         buffer.madvise(mmap.MADV_HUGEPAGE)
     return buffer
@@ -144,6 +115,9 @@ class FileRead:
 
     With a `verifier`, `offset` and the range's end must be multiples of its `chunk_bytes`, or the end that of the file.
 
+    With `is_ring` the buffer may be shorter than the range, and is a multiple of the chunk size long: byte i of the
+    range comes to i modulo its length, once what was there before is given up with `release`.
+
     Raises:
         ValueError: the range lies outside the file, the buffer is too small, or the verifier's chunks do not fit.
         StoredFileDamaged: the file's length is not the verifier's.
@@ -159,14 +133,18 @@ class FileRead:
         num_bytes: int | None = None,
         profile: StorageProfile = DEFAULT_PROFILE,
         verifier: Verifier | None = None,
+        is_ring: bool = False,
     ) -> None:
         self._resources = ExitStack()
+        self._released, self._room = 0, threading.Condition()
         self._is_cancelled = threading.Event()
         with ExitStack() as undo:
             self._file = _StoredFile(path, profile.prefers_cache)
             undo.callback(self.close)
             self.num_bytes = self._file.num_bytes - offset if num_bytes is None else num_bytes
             self._end = offset + self.num_bytes
+            chunk_bytes = profile.chunk_bytes if verifier is None else verifier.chunk_bytes
+            self._ring_chunk_bytes = chunk_bytes if is_ring else None
             self._check_range(path, buffer, offset)
             if verifier is not None:
                 _check_verifier(verifier, path, offset, self._end, self._file.num_bytes)
@@ -174,7 +152,6 @@ class FileRead:
                 self._file.read_buffered_only()
             self._buffer, self._offset, self._verifier = buffer, offset, verifier
             self._piece_bytes = profile.chunk_bytes
-            chunk_bytes = profile.chunk_bytes if verifier is None else verifier.chunk_bytes
             self._chunks = _split(offset, self._end, chunk_bytes)
             self._futures = self._start(min(profile.num_threads, len(self._chunks)))
             undo.pop_all()
@@ -198,9 +175,17 @@ class FileRead:
         """Whether what the page cache lacks is, so far, read past it."""
         return self._file.is_direct
 
+    def release(self, num_bytes: int) -> None:
+        """Give up what a ring holds of the range's first `num_bytes` bytes."""
+        with self._room:
+            self._released = num_bytes
+            self._room.notify_all()
+
     def cancel(self) -> None:
         """Make the read end after the pieces that its threads are at. May be called from any thread."""
-        self._is_cancelled.set()
+        with self._room:
+            self._is_cancelled.set()
+            self._room.notify_all()
 
     def close(self) -> None:
         """Cancel what is left and return when no thread writes to the buffer any more."""
@@ -221,10 +206,16 @@ class FileRead:
             raise ValueError(
                 f"{path.name} has {self._file.num_bytes} bytes; {offset} to {self._end} is not a range of them"
             )
-        if buffer.readonly or buffer.format not in ("B", "b", "c") or buffer.ndim != 1 or len(buffer) < self.num_bytes:
+        chunk_bytes = self._ring_chunk_bytes
+        is_writable = not buffer.readonly and buffer.format in ("B", "b", "c") and buffer.ndim == 1
+        if not is_writable or (chunk_bytes is None and len(buffer) < self.num_bytes):
             raise ValueError(
                 f"a read of {self.num_bytes} bytes needs as many writable bytes in a row; the buffer has "
                 f"{buffer.nbytes} of format {buffer.format}{', read-only' if buffer.readonly else ''}"
+            )
+        if chunk_bytes is not None and (len(buffer) < chunk_bytes or len(buffer) % chunk_bytes or offset % chunk_bytes):
+            raise ValueError(
+                f"a ring of {len(buffer)} bytes, for what follows byte {offset}, is not made of chunks of {chunk_bytes}"
             )
 
     def _start(self, num_threads: int) -> list[Future[None]]:
@@ -235,15 +226,25 @@ class FileRead:
         return [threads.submit(self._read_chunk, begin, end) for begin, end in self._chunks]
 
     def _read_chunk(self, begin: int, end: int) -> None:
+        self._await_room(end)
+        place = (begin - self._offset) % len(self._buffer)
+        # Only behind the last chunk is nothing else; in a ring it has its place to itself, and no more.
+        room = end - begin if end < self._end else self._ring_chunk_bytes
+        target = self._buffer[place : None if room is None else place + room]
         for position in range(begin, end, self._piece_bytes):
             if self._is_cancelled.is_set():
                 raise ReadCancelled(f"the read of {self._file.path.name} was cancelled")
             count = min(end - position, self._piece_bytes)
-            # A piece's target may extend into a next chunk's only at the end of the range, where there is none.
-            room = len(self._buffer) if position + count == self._end else position + count - self._offset
-            self._file.fill(self._buffer[position - self._offset : room], position, count)
+            room = len(target) if position + count == end else position + count - begin
+            self._file.fill(target[position - begin : room], position, count)
         if self._verifier is not None:
-            self._verifier.verify(begin, self._buffer[begin - self._offset : end - self._offset])
+            self._verifier.verify(begin, target[: end - begin])
+
+    def _await_room(self, end: int) -> None:
+        with self._room:
+            self._room.wait_for(
+                lambda: self._is_cancelled.is_set() or end - self._offset <= self._released + len(self._buffer)
+            )
 
 
 class _StoredFile:
@@ -366,12 +367,17 @@ def _open_direct(path: Path) -> int | None:
         return None
 
 
-def _check_verifier(verifier: Verifier, path: Path, offset: int, end: int, file_bytes: int) -> None:
+def check_length(verifier: Verifier, path: Path, file_bytes: int) -> None:
+    """Raise StoredFileDamaged unless the file at `path`, of so many bytes, has the length it must have."""
     if verifier.file_bytes != file_bytes:
         raise StoredFileDamaged(
             f"{path} has {file_bytes} bytes, its checksums are of {verifier.file_bytes}: it is torn or was replaced; "
             "import it again"
         )
+
+
+def _check_verifier(verifier: Verifier, path: Path, offset: int, end: int, file_bytes: int) -> None:
+    check_length(verifier, path, file_bytes)
     if offset % verifier.chunk_bytes or (end % verifier.chunk_bytes and end != file_bytes):
         raise ValueError(
             f"bytes {offset} to {end} of {path.name} cannot be verified: checksums are of {verifier.chunk_bytes} each"

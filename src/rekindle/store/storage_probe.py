@@ -12,10 +12,13 @@ import time
 from pathlib import Path
 
 from rekindle.errors import ConfigurationError
-from rekindle.store.reading import DEFAULT_PROFILE, FileRead, StorageProfile, aligned_buffer
+from rekindle.protocol.storage import DEFAULT_PROFILE, StorageProfile
+from rekindle.store.reading import FileRead, aligned_buffer
 from rekindle.units import MIB
 
-_FILE_BYTES = 128 * MIB
+PROBE_BYTES = 128 * MIB
+"""How much is read."""
+
 _LEAST_BYTES = 16 * MIB
 _READ_S = 0.1
 """How long one read should take; a slow disk reads less of the file."""
@@ -42,7 +45,7 @@ def probe_storage(directory: Path) -> StorageProfile:
     try:
         with tempfile.NamedTemporaryFile(dir=directory, prefix="rekindle-probe-") as file:
             block = os.urandom(MIB)  # not zeros, which a filesystem or a disk may not store
-            for _ in range(_FILE_BYTES // MIB):
+            for _ in range(PROBE_BYTES // MIB):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
@@ -52,11 +55,11 @@ def probe_storage(directory: Path) -> StorageProfile:
 
 
 def _measured(path: Path) -> StorageProfile:
-    buffer = memoryview(aligned_buffer(_FILE_BYTES))
+    buffer = memoryview(aligned_buffer(PROBE_BYTES))
     first = _direct_rate(path, buffer, DEFAULT_PROFILE.num_threads, DEFAULT_PROFILE.chunk_bytes)
     if first is None:
         return DEFAULT_PROFILE
-    part = buffer[: min(max(int(first * _READ_S) // MIB * MIB, _LEAST_BYTES), _FILE_BYTES)]
+    part = buffer[: min(max(int(first * _READ_S) // MIB * MIB, _LEAST_BYTES), PROBE_BYTES)]
     rates: dict[tuple[int, int], float] = {}
     for num_threads in _NUM_THREADS:
         best_with_fewer = max(rates.values(), default=0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rekindle.engine.kernels.interface import TensorRows
 from rekindle.protocol.adapters import ADAPTER_LAYOUT, AdapterManifest
 from rekindle.protocol.identity import AdapterDigest, ModelDigest
 from rekindle.protocol.models import ModelManifest, ModuleShape
@@ -53,11 +55,14 @@ class RandomWeights:
         values = values * self._deviation if len(shape) > 1 else 1 + values * _DEVIATION
         return values.to(self.device, self.dtype)
 
-    def fused(self, names: Sequence[str]) -> torch.Tensor:
-        return torch.cat([self.tensor(name) for name in names])
+    def rows(self, names: Sequence[str]) -> TensorRows:
+        return TensorRows(torch.cat([self.tensor(name) for name in names]))
 
     def write(self, names: Sequence[str], target: torch.Tensor) -> None:
-        target.copy_(self.fused(names))
+        target.copy_(self.rows(names).whole())
+
+    def reading(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def release_pages(self) -> None:
         """Nothing is kept."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rekindle.engine.kernels.gpu.triton_kernels import TritonKernels
-from rekindle.engine.kernels.interface import AttentionShape, Kernels
+from rekindle.engine.kernels.interface import AttentionShape, Kernels, TensorRows
 from rekindle.engine.kernels.linear import BATCH_INVARIANT, PLAIN
 from rekindle.engine.kernels.reference import ReferenceKernels
 from support.paged import attention_batch, kv_pool, random
@@ -21,7 +21,7 @@ def layer(kernels: Kernels, device: torch.device) -> torch.Tensor:
     residual = random(9, hidden, dtype=torch.float32).to(device)
     angles = random(9, 8, dtype=torch.float32, seed=1).to(device)
     norm = torch.ones(hidden, device=device)
-    qkv = kernels.pack_linear(weight(128, hidden, seed=2), weight(1, 128, seed=3)[0])(
+    qkv = kernels.pack_linear(TensorRows(weight(128, hidden, seed=2)), TensorRows(weight(1, 128, seed=3)[0]))(
         kernels.rms_norm(residual, norm, 1e-5)
     )
     kernels.rope_and_store(qkv, angles.cos(), angles.sin(), pool, 0, batch, shape)

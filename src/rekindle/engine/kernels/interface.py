@@ -10,7 +10,7 @@ are adjacent and rise in position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -140,6 +140,46 @@ class LoraGroup:
     out_sizes: tuple[int, ...]
 
 
+class Rows(Protocol):
+    """A stored tensor [N, ...] that is yet to be brought to the device, in the compute dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def whole(self) -> torch.Tensor:
+        """All of it, to keep."""
+        ...
+
+    def blocks(self, multiple: int) -> Iterator[torch.Tensor]:
+        """From the first row to the last in blocks, each of which may be read until the next is asked for. All but the
+        last have a multiple of `multiple` rows."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRows:
+    """`Rows` of a tensor that is there."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def whole(self) -> torch.Tensor:
+        return self.tensor
+
+    def blocks(self, multiple: int) -> Iterator[torch.Tensor]:
+        yield self.tensor
+
+
 class PackedLinear(Protocol):
     """A linear layer's weight in whatever layout its kernels want; callable on x_TK, giving y_TN."""
 
@@ -157,11 +197,9 @@ class Kernels(Protocol):
         """Names the form that weights are given in an arena; None if they do not go there."""
         ...
 
-    def pack_linear(
-        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, arena: Arena = OWN_ARENA
-    ) -> PackedLinear:
+    def pack_linear(self, weight_NK: Rows, bias_N: Rows | None, arena: Arena = OWN_ARENA) -> PackedLinear:
         """Prepare a weight for repeated use. The packed form lies in the arena, or owns its memory, or shares the
-        weight's."""
+        weight's. The bias is taken after the weight."""
         ...
 
     def multiply(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from rekindle.engine.kernels.interface import (
     LoraBatch,
     LoraGroup,
     PackedLinear,
+    Rows,
 )
 from rekindle.engine.kernels.linear import LinearOps
 from rekindle.errors import InternalError
@@ -182,23 +183,24 @@ class NativeLibrary:
 class NativeLinear:
     """A bf16 linear layer whose weight was regrouped for reading once per step, in memory of the arena."""
 
-    def __init__(
-        self, library: NativeLibrary, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, arena: Arena
-    ) -> None:
+    def __init__(self, library: NativeLibrary, weight_NK: Rows, bias_N: Rows | None, arena: Arena) -> None:
         self.out_features, self.in_features = weight_NK.shape
-        self._bias_N = None if bias_N is None else bias_N.clone()
-        self._bias_address = None if self._bias_N is None else self._bias_N.data_ptr()
         pack, self._apply = library.linear()
         num_panels = -(-self.out_features // library.lanes)
         words = -(-self.in_features // 2)
 
         def fill(packed: torch.Tensor) -> None:
-            rows_NK = weight_NK if weight_NK.stride(1) == 1 else weight_NK.contiguous()
-            stride, threads = rows_NK.stride(0), torch.get_num_threads()
-            pack(rows_NK.data_ptr(), stride, self.out_features, self.in_features, packed.data_ptr(), threads)
+            target = packed.data_ptr()
+            for block_NK in weight_NK.blocks(library.lanes):
+                rows_NK = block_NK if block_NK.stride(1) == 1 else block_NK.contiguous()
+                source, stride = rows_NK.data_ptr(), rows_NK.stride(0)
+                pack(source, stride, len(rows_NK), self.in_features, target, torch.get_num_threads())
+                target += len(rows_NK) * words * packed.itemsize
 
         self._packed = arena.take(num_panels * words * library.lanes, torch.int32, fill)
         self._packed_address = self._packed.data_ptr()
+        self._bias_N = None if bias_N is None else bias_N.whole().clone()
+        self._bias_address = None if self._bias_N is None else self._bias_N.data_ptr()
 
     def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
         rows = x_TK.shape[0]
@@ -241,12 +243,10 @@ class NativeKernels:
     def layout(self) -> str | None:
         return f"panels-{self.library.lanes}" if self.library.has_linear else None
 
-    def pack_linear(
-        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, arena: Arena = OWN_ARENA
-    ) -> PackedLinear:
+    def pack_linear(self, weight_NK: Rows, bias_N: Rows | None, arena: Arena = OWN_ARENA) -> PackedLinear:
         if self.library.has_linear and weight_NK.dtype == torch.bfloat16:
             return NativeLinear(self.library, weight_NK, bias_N, arena)
-        return self._linear.pack(weight_NK, bias_N)
+        return self._linear.pack(weight_NK.whole(), None if bias_N is None else bias_N.whole())
 
     def multiply(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         return self._linear.multiply(x_TK, weight_NK)

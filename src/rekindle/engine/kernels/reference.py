@@ -16,6 +16,7 @@ from rekindle.engine.kernels.interface import (
     LoraBatch,
     LoraGroup,
     PackedLinear,
+    Rows,
 )
 from rekindle.engine.kernels.linear import PLAIN, LinearOps
 from rekindle.errors import InternalError
@@ -29,10 +30,8 @@ class ReferenceKernels:
 
     layout: str | None = None
 
-    def pack_linear(
-        self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, arena: Arena = OWN_ARENA
-    ) -> PackedLinear:
-        return self._linear.pack(weight_NK, bias_N)
+    def pack_linear(self, weight_NK: Rows, bias_N: Rows | None, arena: Arena = OWN_ARENA) -> PackedLinear:
+        return self._linear.pack(weight_NK.whole(), None if bias_N is None else bias_N.whole())
 
     def multiply(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         return self._linear.multiply(x_TK, weight_NK)

@@ -20,6 +20,8 @@ from rekindle.engine.kernels.interface import (
     LoraBatch,
     LoraGroup,
     PackedLinear,
+    Rows,
+    TensorRows,
 )
 from rekindle.engine.lora_times import LoraTimer
 from rekindle.engine.models.architecture import Architecture
@@ -38,11 +40,11 @@ LINEARS = {
 class Layer:
     """Prepared weights of one layer."""
 
-    norms: dict[str, torch.Tensor]
     qkv: PackedLinear
     output: PackedLinear
     gate_up: PackedLinear
     down: PackedLinear
+    norms: dict[str, torch.Tensor]
     query_norm_D: torch.Tensor | None
     key_norm_D: torch.Tensor | None
 
@@ -99,7 +101,7 @@ class Decoder:
         self.weights = DecoderWeights(
             layers=tuple(self._load_layer(weights, layer, arena) for layer in range(arch.num_layers)),
             head=kernels.pack_linear(
-                self._embed_VH if arch.tied_embeddings else weights.tensor(head_name(arch)), None, arena
+                TensorRows(self._embed_VH) if arch.tied_embeddings else weights.rows([head_name(arch)]), None, arena
             ),
         )
         self._final_norm_H = self._norm_weight(weights, "model.norm.weight")
@@ -234,14 +236,14 @@ class Decoder:
         prefix = f"model.layers.{index}."
 
         def linear(name: str) -> PackedLinear:
-            return self.kernels.pack_linear(*linear_tensors(weights, index, name), arena)
+            return self.kernels.pack_linear(*linear_rows(weights, index, name), arena)
 
         return Layer(
-            norms={name: self._norm_weight(weights, f"{prefix}{name}.weight") for name in self.arch.norm_names},
             qkv=linear("qkv"),
             output=linear("output"),
             gate_up=linear("gate_up"),
             down=linear("down"),
+            norms={name: self._norm_weight(weights, f"{prefix}{name}.weight") for name in self.arch.norm_names},
             query_norm_D=self._norm_weight(weights, prefix + "self_attn.q_norm.weight") if self.arch.qk_norm else None,
             key_norm_D=self._norm_weight(weights, prefix + "self_attn.k_norm.weight") if self.arch.qk_norm else None,
         )
@@ -250,11 +252,11 @@ class Decoder:
         return weights.tensor(name).float() + self.arch.norm_offset
 
 
-def linear_tensors(weights: WeightSource, index: int, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def linear_rows(weights: WeightSource, index: int, name: str) -> tuple[Rows, Rows | None]:
     """Weight and bias, if any, of the fused linear `name` of `LINEARS` in layer `index`."""
     bias_names = linear_names(index, name, "bias")
-    bias_N = weights.fused(bias_names) if weights.has(bias_names[0]) else None
-    return weights.fused(linear_names(index, name, "weight")), bias_N
+    bias_N = weights.rows(bias_names) if weights.has(bias_names[0]) else None
+    return weights.rows(linear_names(index, name, "weight")), bias_N
 
 
 def linear_names(index: int, name: str, kind: str) -> list[str]:
