@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
-ROOT_MODULES = {"errors", "clock", "units", "config", "pace", "version"}
+ROOT_MODULES = {"closing", "errors", "clock", "units", "config", "pace", "version"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "protocol": set(),

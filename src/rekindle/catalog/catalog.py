@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, Engine, Row, Select, delete, func, insert, select, update
@@ -23,6 +22,7 @@ from rekindle.catalog.records import AdapterName, AdapterRecord, ModelRecord, Re
 from rekindle.catalog.schema import BUSY_TIMEOUT_S, WRITES, open_engine
 from rekindle.catalog.tables import MAX_NAME_CHARS, adapter_versions, adapters, models, state
 from rekindle.clock import Clock, SystemClock
+from rekindle.closing import Closing
 from rekindle.errors import ConfigurationError, Conflict, NotFound, RetryLater
 from rekindle.protocol.adapters import ADAPTER_FILE_NAME, AdapterManifest
 from rekindle.protocol.identity import AdapterDigest, ModelDigest
@@ -39,7 +39,7 @@ _ADAPTER_COLUMNS = (
 )  # fmt: skip
 
 
-class Catalog:
+class Catalog(Closing):
     """The catalog of one home directory. Calls block for a short time and may come from any thread."""
 
     def __init__(self, engine: Engine, home: FileStore, clock: Clock) -> None:
@@ -61,14 +61,6 @@ class Catalog:
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def models(self) -> list[ModelRecord]:
         """All base models, by name."""

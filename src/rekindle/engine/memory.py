@@ -11,11 +11,10 @@ import ctypes.util
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
-from typing import Self
 
 import torch
 
+from rekindle.closing import Closing
 from rekindle.engine.kernels.interface import AttentionShape, KVPool
 from rekindle.errors import ConfigurationError
 from rekindle.units import format_bytes
@@ -84,7 +83,7 @@ class PagePool:
         os.close(self._fd)
 
 
-class Pages:
+class Pages(Closing):
     """Pages side by side as one vector, which may be used until `close`."""
 
     def __init__(self, buffer: memoryview | ctypes.Array[ctypes.c_char]) -> None:
@@ -99,14 +98,6 @@ class Pages:
 
     def close(self) -> None:
         """Undo what was done to lay the pages side by side."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class MappedPages(Pages):

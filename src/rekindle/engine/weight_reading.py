@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 
+from rekindle.closing import Closing
 from rekindle.protocol.storage import StorageProfile
 from rekindle.store.checksums import Checksums, read_checksums
 from rekindle.store.file_stream import FileStream, Range
@@ -32,7 +31,7 @@ _RING_BYTES = 32 * MIB
 _MIN_RING_CHUNKS = 4
 
 
-class WeightReading:
+class WeightReading(Closing):
     """The file at `path`, mapped as `mapping`, while tensors are taken from it for `device`. `vectors` are the ranges
     that are taken out of order and small enough to be kept until then.
 
@@ -86,12 +85,8 @@ class WeightReading:
         """Return when all that was taken is known to be right."""
         self._check.wait()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """End what is still being read."""
         self._resources.close()
 
     def _started(self, begin: int) -> FileStream:

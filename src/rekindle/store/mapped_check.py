@@ -10,9 +10,8 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from rekindle.closing import Closing
 from rekindle.store.reading import Verifier
 from rekindle.units import KIB, MIB
 
@@ -22,7 +21,7 @@ _AHEAD_BYTES = 128 * KIB
 """The least that any device lets the kernel read ahead at a call; longer calls are cut to what it allows."""
 
 
-class MappedCheck:
+class MappedCheck(Closing):
     """Looks at the ranges of `mapping`, all of the file at `path`, that are added, in `num_threads` threads of its own.
 
     With `reads_ahead` the page cache is asked for each chunk as a whole first, which is quicker than faults where it
@@ -63,14 +62,6 @@ class MappedCheck:
     def close(self) -> None:
         """Leave the rest and end the threads."""
         self._resources.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _look_at(self, begin: int) -> None:
         end = min(begin + self._chunk_bytes, len(self._mapping))

@@ -24,11 +24,11 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 
+from rekindle.closing import Closing
 from rekindle.errors import StoredFileDamaged
 from rekindle.protocol.storage import BLOCK_BYTES, DEFAULT_PROFILE, StorageProfile
 
@@ -98,7 +98,7 @@ def resident_share(path: Path) -> float:
             residency.close()
 
 
-class FileRead:
+class FileRead(Closing):
     """One read under way: of `num_bytes` bytes from `offset` on (all that follow, if None) to the start of `buffer`.
 
     It begins at once and goes on in threads of its own until it is done, cancelled, or closed at the end of the `with`
@@ -192,14 +192,6 @@ class FileRead:
         self.cancel()
         self._resources.close()
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _check_range(self, path: Path, buffer: memoryview, offset: int) -> None:
         if offset < 0 or self.num_bytes < 0 or self._end > self._file.num_bytes:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
+from rekindle.closing import Closing
 from rekindle.errors import AdapterRejected
 from rekindle.store.checksums import ChecksumFollower, read_checksums
 from rekindle.store.codecs.packed import open_packed
@@ -40,7 +40,7 @@ class VectorSource(Protocol):
         ...
 
 
-class FileSource:
+class FileSource(Closing):
     """The vector of a stored adapter, `num_bytes` long: the file's bytes after its header.
 
     Raises:
@@ -79,12 +79,7 @@ class FileSource:
                 self._follow(piece[:count])
                 self._rest()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._resources.close()
 
     def _follow(self, piece: memoryview) -> None:
