@@ -11,10 +11,10 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from rekindle.clock import Clock
-from rekindle.engine.vectors import stored_bytes
+from rekindle.engine.vectors import AdapterVector, stored_bytes
 from rekindle.errors import PackedDamaged
 from rekindle.pace import Pace
 from rekindle.protocol.adapters import AdapterManifest
@@ -23,7 +23,9 @@ from rekindle.protocol.tiers import Hold
 from rekindle.store.tier_client import Copy
 from rekindle.store.vector_sources import FileSource, MemorySource, PackedSource, VectorSource
 
-V = TypeVar("V")
+Load = Callable[[VectorSource], AdapterVector]
+"""Brings a vector to the device."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -47,8 +49,8 @@ class AdapterSources:
         self._pace, self._clock, self._tier, self._disk_bytes_s = pace, clock, tier, disk_bytes_s
         self._threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "unpack")
 
-    def bring(self, manifest: AdapterManifest, path: Path, load: Callable[[VectorSource], V]) -> V:
-        """What `load` makes of the adapter's vector; it is called again, with the file, if host memory gave damaged
+    def bring(self, manifest: AdapterManifest, path: Path, load: Load) -> AdapterVector:
+        """What `load` makes of the adapter's bytes; it is called again, with the file, if host memory gave damaged
         bytes.
 
         Raises:
@@ -60,23 +62,19 @@ class AdapterSources:
             return self._from_file(manifest, path, load)[0]
         name = _name(manifest.digest)
         copy = self._tier.lease_copy(name)
-        if copy is None:
-            loaded, took_s = self._from_file(manifest, path, load)
-            self._tier.hold(self._held(manifest, path, took_s))
-            return loaded
         is_damaged = False
         try:
-            loaded, took_s = self._from_memory(manifest, copy, load), 0.0
-        except PackedDamaged as error:
-            _logger.error(
-                "host memory had damaged bytes of adapter %s, which is read again: %s", manifest.digest, error
-            )
-            is_damaged = True
-            loaded, took_s = self._from_file(manifest, path, load)
+            loaded, took_s = None, 0.0  # how long a file takes is known of what host memory has
+            if copy is not None:
+                loaded = self._from_memory(manifest, copy, load)
+                is_damaged = loaded is None
+            if loaded is None:
+                loaded, took_s = self._from_file(manifest, path, load)
+            self._tier.hold(self._held(manifest, path, took_s))  # before the lease ends, so that it is never idle
+            return loaded
         finally:
-            self._tier.release(name, is_damaged=is_damaged)
-        self._tier.hold(self._held(manifest, path, took_s))
-        return loaded
+            if copy is not None:
+                self._tier.release(name, is_damaged=is_damaged)
 
     def let_go(self, digest: AdapterDigest) -> None:
         """The engine does not have an adapter any more that it brought."""
@@ -87,22 +85,27 @@ class AdapterSources:
         """Let the threads end."""
         self._threads.shutdown()
 
-    def _from_file(self, manifest: AdapterManifest, path: Path, load: Callable[[VectorSource], V]) -> tuple[V, float]:
+    def _from_file(self, manifest: AdapterManifest, path: Path, load: Load) -> tuple[AdapterVector, float]:
         """And how long it took, without resting."""
         started_s, rested_s = self._clock.monotonic_s(), self._pace.rested_s
         with FileSource(path, stored_bytes(manifest), self._pace.rest) as source:
             loaded = load(source)
         return loaded, self._clock.monotonic_s() - started_s - (self._pace.rested_s - rested_s)
 
-    def _from_memory(self, manifest: AdapterManifest, copy: Copy, load: Callable[[VectorSource], V]) -> V:
+    def _from_memory(self, manifest: AdapterManifest, copy: Copy, load: Load) -> AdapterVector | None:
+        """None if its bytes are damaged."""
         source: VectorSource
-        if copy.is_packed:
-            source = PackedSource(copy.descriptor, copy.num_bytes, self._executor, self._pace.rest)
-        else:
-            source = MemorySource(copy.descriptor, copy.num_bytes, self._pace.rest)
-        if source.num_bytes != stored_bytes(manifest):
-            raise PackedDamaged(f"it has {source.num_bytes} bytes, {stored_bytes(manifest)} were expected")
-        return load(source)
+        try:
+            if copy.is_packed:
+                source = PackedSource(copy.descriptor, copy.num_bytes, self._executor, self._pace.rest)
+            else:
+                source = MemorySource(copy.descriptor, copy.num_bytes, self._pace.rest)
+            if source.num_bytes != stored_bytes(manifest):
+                raise PackedDamaged(f"it has {source.num_bytes} bytes, {stored_bytes(manifest)} were expected")
+            return load(source)
+        except PackedDamaged as error:
+            _logger.error("host memory has damaged bytes of %s, which is read again: %s", manifest.digest, error)
+            return None
 
     def _held(self, manifest: AdapterManifest, path: Path, took_s: float) -> Hold:
         num_bytes = stored_bytes(manifest)

@@ -131,7 +131,7 @@ class AdapterMemory:
 
         The reader unmaps it: entries of a page table are many, and a step would wait.
         """
-        self._work.put(partial(self._let_go, self._resident.pop(digest)))
+        self._work.put(partial(self._let_go, digest, self._resident.pop(digest).vector))
 
     def resident(self) -> tuple[AdapterDigest, ...]:
         """Digests of all resident adapters."""
@@ -143,14 +143,14 @@ class AdapterMemory:
         self._work.put(None)
         self._reader.join()
         self.finished()
-        for adapter in self._resident.values():
-            self._let_go(adapter)
+        for digest, adapter in self._resident.items():
+            self._let_go(digest, adapter.vector)
         self._resident.clear()
         self._sources.close()
 
-    def _let_go(self, adapter: ResidentAdapter) -> None:
-        adapter.vector.close()
-        self._sources.let_go(adapter.manifest.digest)
+    def _let_go(self, digest: AdapterDigest, vector: AdapterVector) -> None:
+        vector.close()
+        self._sources.let_go(digest)
 
     def _read_loop(self) -> None:
         while (work := self._work.get()) is not None:
@@ -173,7 +173,7 @@ class AdapterMemory:
             try:
                 return LoadOutcome(manifest.digest), self._resident_view(manifest, vector)
             except BaseException:
-                vector.close()
+                self._let_go(manifest.digest, vector)
                 raise
         except Exception as failure:
             _logger.exception("adapter %s could not be loaded", manifest.digest)
