@@ -15,7 +15,7 @@ from rekindle.errors import AdapterRejected, ConfigurationError
 from rekindle.protocol.adapters import AdapterManifest
 from rekindle.store.adapter_import import import_adapter
 from rekindle.store.home import Home
-from rekindle.store.safetensors_file import data_section
+from rekindle.store.safetensors_file import read_header
 from support.adapter_files import HIDDEN, PREFIX, VOCABULARY, AdapterDirectory
 
 Q0 = f"{PREFIX}model.layers.0.self_attn.q_proj"
@@ -42,7 +42,7 @@ def refusal(adapter: AdapterDirectory, home: Home) -> str:
 def stored_vector(home: Home, manifest: AdapterManifest) -> torch.Tensor:
     path = home.adapter_directory(manifest.digest) / "adapter.safetensors"
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[manifest.dtype]
-    section = data_section(path)
+    section = read_header(path).data
     return torch.frombuffer(bytearray(path.read_bytes()[section.offset :]), dtype=dtype)
 
 

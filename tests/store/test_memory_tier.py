@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rekindle.clock import ManualClock
 from rekindle.protocol.tiers import Hold, Publish
-from rekindle.store.memory_tier import MemoryTier, Move, TierObject
+from rekindle.store.memory_tier import MemoryTier, TierObject
 
 
 class Tier:
@@ -57,9 +57,9 @@ class Tier:
         return held.made.name
 
     def next_to_pack(self) -> TierObject[str] | None:
-        move = self.books.fit()
-        assert move is None or not move.is_read
-        return None if move is None else move.held
+        held = self.books.fit()
+        assert held is None or held.handle is not None
+        return held
 
     def hold(self, name: str, num_bytes: int) -> None:
         """Somebody has an object with a file in memory of its own."""
@@ -67,12 +67,12 @@ class Tier:
 
     def read(self) -> str | None:
         """Read what the books say, if anything; returns its name."""
-        move = self.books.fit()
-        if move is None:
+        held = self.books.fit()
+        if held is None:
             return None
-        assert move.is_read
-        self.books.kept(move.held, f"read {move.held.made.name}")
-        return move.held.made.name
+        assert held.handle is None
+        self.books.kept(held, f"read {held.made.name}")
+        return held.made.name
 
     def names(self) -> dict[str, bool]:
         """Objects, and whether they are packed."""
@@ -236,11 +236,11 @@ def test_an_object_taken_again_while_it_is_read_is_not_kept() -> None:
     tier = Tier()
     tier.hold("a", 60)
     tier.release("a")
-    move = tier.books.fit()
-    assert move is not None
+    held = tier.books.fit()
+    assert held is not None
     tier.hold("a", 60)
     assert tier.books.fit() is None
-    tier.books.kept(move.held, "read a")
+    tier.books.kept(held, "read a")
     assert tier.dropped == ["read a"]
     tier.release("a")
     assert tier.read() == "a"
@@ -250,9 +250,9 @@ def test_an_object_whose_file_cannot_be_read_is_forgotten() -> None:
     tier = Tier()
     tier.hold("a", 60)
     tier.release("a")
-    move = tier.books.fit()
-    assert move is not None
-    tier.books.not_kept(move.held)
+    held = tier.books.fit()
+    assert held is not None
+    tier.books.not_kept(held)
     assert tier.names() == {}
 
 
@@ -300,7 +300,7 @@ def test_leases_pin_and_the_budget_holds_whatever_is_done(operations: list[tuple
     """Of objects a, b and c somebody has files."""
     tier = Tier()
     held: Counter[str] = Counter()
-    moves: list[Move[str]] = []
+    moves: list[TierObject[str]] = []
     sizes = {name: 15 * (index + 1) for index, name in enumerate("aebfcd")}
     for operation, name in operations:
         match operation:
@@ -329,10 +329,10 @@ def test_leases_pin_and_the_budget_holds_whatever_is_done(operations: list[tuple
                 finish(tier, moves.pop())
             case "refuse" if moves:
                 move = moves.pop()
-                if move.is_read:
-                    tier.books.not_kept(move.held)
+                if move.handle is None:
+                    tier.books.not_kept(move)
                 else:
-                    tier.books.left_plain(move.held, ("no",))
+                    tier.books.left_plain(move, ("no",))
         snapshot = tier.books.snapshot()
         present = {it.name: it for it in snapshot.objects}
         for leased, count in held.items():
@@ -348,9 +348,8 @@ def test_leases_pin_and_the_budget_holds_whatever_is_done(operations: list[tuple
     assert len(tier.dropped) + len(handles) == tier.num_made
 
 
-def finish(tier: Tier, move: Move[str]) -> None:
-    held = move.held
-    if move.is_read:
+def finish(tier: Tier, held: TierObject[str]) -> None:
+    if held.handle is None:
         tier.books.kept(held, tier.new_handle())
     else:
         tier.books.packed(held, tier.new_handle(), held.made.num_bytes * 2 // 3, ("worth it",))

@@ -17,7 +17,6 @@ from rekindle.store.safetensors_file import (
     DATA_ALIGNMENT_BYTES,
     DTYPE_BYTES,
     TensorStream,
-    data_section,
     encode_header,
     read_header,
     tensor_index,
@@ -80,7 +79,7 @@ def test_data_begins_on_a_page_and_tensors_follow_each_other_in_the_order_given(
     path = tmp_path / "any.safetensors"
     path.unlink(missing_ok=True)
     write_tensors(path, [tensor for tensor, _ in tensors])
-    section, entries = data_section(path), tensor_index(path)
+    section, entries = read_header(path).data, tensor_index(path)
     assert section.offset % DATA_ALIGNMENT_BYTES == 0
     end = section.offset
     for tensor, content in tensors:

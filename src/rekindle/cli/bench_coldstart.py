@@ -21,9 +21,8 @@ from rekindle.cli.settings import Settings, home_directory
 from rekindle.cli.tables import print_table
 from rekindle.clock import SystemClock
 from rekindle.errors import InvalidRequest
-from rekindle.protocol.storage import DEFAULT_PROFILE
 from rekindle.store.home import Home
-from rekindle.store.storage_profile import kept_profile
+from rekindle.store.storage_profile import profile_of
 from rekindle.units import format_bytes
 from rekindle.version import VERSION
 
@@ -52,8 +51,7 @@ def measure(arguments: argparse.Namespace) -> int:
     home = Home(home_directory(arguments.home))
     with Catalog.open(home) as catalog, home.using():
         record = model_named(catalog.models(), arguments.model)
-        kept = kept_profile(home.root)
-        [settings] = engine_settings(options, [record], DEFAULT_PROFILE if kept is None else kept.profile)
+        [settings] = engine_settings(options, [record], profile_of(home.root))
         with tempfile.TemporaryDirectory(prefix="rekindle-bench-") as directory:
             adapters = RandomAdapters(Path(directory), record.manifest, record.path)
             adapter = adapters.make(_RANK, ALL_LINEAR, seed=0)

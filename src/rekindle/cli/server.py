@@ -36,10 +36,9 @@ from rekindle.gateway.settings import GatewaySettings
 from rekindle.protocol.adapters import ADAPTER_FILE_NAME, AdapterManifest
 from rekindle.protocol.identity import ModelDigest
 from rekindle.protocol.models import ModelManifest
-from rekindle.protocol.storage import DEFAULT_PROFILE
 from rekindle.store.adapter_import import import_adapter
 from rekindle.store.home import Home
-from rekindle.store.storage_profile import kept_profile
+from rekindle.store.storage_profile import profile_of
 
 _BACKLOG = 2048
 _LAST_BYTES_S = 1
@@ -191,8 +190,7 @@ def _build(
     models = _by_content(_records(catalog, arguments.models))
     server = settings.server
     clock = SystemClock()
-    kept = kept_profile(home.root)
-    storage = DEFAULT_PROFILE if kept is None else kept.profile
+    storage = profile_of(home.root)
     engines = engine_settings(settings.engine, [record for record, *_ in models], storage)
     keep_alive_s = math.inf if settings.engine.keep_alive_s is None else settings.engine.keep_alive_s
     supervision = Supervision(silence_s=settings.engine.step_limit_s, keep_alive_s=keep_alive_s)

@@ -18,7 +18,7 @@ import torch
 from rekindle.clock import Clock
 from rekindle.engine.adapter_sources import AdapterSources
 from rekindle.engine.adapters import AdapterMemory, ResidentAdapter
-from rekindle.engine.arena import ArenaMismatch, SharedArena
+from rekindle.engine.arena import OWN_ARENA, Arena, ArenaMismatch, SharedArena
 from rekindle.engine.devices import Device, device_of
 from rekindle.engine.graphs import DecodeGraphs, GraphSizes, Recorder
 from rekindle.engine.kernels.interface import Kernels, KVPool
@@ -256,22 +256,24 @@ def _decoder(
     tier: TierClient | None,
 ) -> Decoder:
     context_tokens = settings.model.context_length
+
+    def load(arena: Arena, *, is_found: bool = False) -> Decoder:
+        # What another engine has made, from bytes that it verified, is taken as it is.
+        with nullcontext() if is_found else weights.reading():
+            return Decoder(arch, weights, kernels, context_tokens, timer, arena)
+
     if tier is None or kernels.layout is None:
-        with weights.reading():
-            return Decoder(arch, weights, kernels, context_tokens, timer)
+        return load(OWN_ARENA)
     name = f"{settings.model.digest}/{settings.dtype}/{kernels.layout}"
     # No layout takes twice the room of the weights it is made of, but for the padding of small ones.
     most_bytes = 2 * settings.model.num_parameters * weights.dtype.itemsize + _ARENA_MARGIN_BYTES
     arena = SharedArena(tier, name, _STORED_DTYPES[weights.dtype], most_bytes, clock)
     try:
-        # What another engine has made, from bytes that it verified, is taken as it is.
-        with nullcontext() if arena.is_found else weights.reading():
-            model = Decoder(arch, weights, kernels, context_tokens, timer, arena)
+        model = load(arena, is_found=arena.is_found)
         arena.publish()
     except ArenaMismatch as mismatch:
         _logger.error("weights are laid out anew: %s", mismatch)
-        with weights.reading():
-            return Decoder(arch, weights, kernels, context_tokens, timer)
+        return load(OWN_ARENA)
     finally:
         arena.close()
     return model

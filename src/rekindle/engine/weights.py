@@ -109,9 +109,8 @@ class Weights:
         row = 0
         for name in names:
             entry = self._entries[name]
-            for block in self.blocks_of((entry,), 1):
-                target[row : row + len(block)].copy_(block)
-                row += len(block)
+            self._write((entry,), target[row : row + entry.shape[0]])
+            row += entry.shape[0]
             self._release(entry.offset, entry.num_bytes)
 
     @contextmanager
@@ -156,10 +155,7 @@ class Weights:
         if self._is_used_in_place(first):
             return self._brought(self._kept(begin, end), first)
         whole = torch.empty(_shape_of(entries), dtype=self.dtype, device=self.device)
-        row = 0
-        for block in self.blocks_of(entries, 1):
-            whole[row : row + len(block)].copy_(block)
-            row += len(block)
+        self._write(entries, whole)
         return whole
 
     def blocks_of(self, entries: Sequence[TensorEntry], multiple: int) -> Iterator[torch.Tensor]:
@@ -172,6 +168,12 @@ class Weights:
         pieces = None if self._reading is None else self._reading.pieces(begin, begin + num_bytes, unit_bytes)
         for piece in pieces or self._mapped_pieces(begin, begin + num_bytes, unit_bytes):
             yield self._brought(piece, entries[0])
+
+    def _write(self, entries: Sequence[TensorEntry], target: torch.Tensor) -> None:
+        row = 0
+        for block in self.blocks_of(entries, 1):
+            target[row : row + len(block)].copy_(block)
+            row += len(block)
 
     def _mapped_pieces(self, begin: int, end: int, unit_bytes: int) -> Iterator[memoryview]:
         length = max(_BLOCK_BYTES // unit_bytes, 1) * unit_bytes

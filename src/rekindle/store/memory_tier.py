@@ -68,14 +68,6 @@ class TierObject(Generic[H]):
         return not (self.is_packed or self.reasons)
 
 
-@dataclass(frozen=True, slots=True)
-class Move(Generic[H]):
-    """What is to be done next: pack an object, or read it from its file."""
-
-    held: TierObject[H]
-    is_read: bool
-
-
 class MemoryTier(Generic[H]):
     """See the module. `drop` is given handles that are not needed any more."""
 
@@ -120,9 +112,10 @@ class MemoryTier(Generic[H]):
         if held is not None and held.path is not None and not held.is_moving:
             self._lose_copy(held)
 
-    def fit(self) -> Move[H] | None:
-        """Drop what is loose beyond the budget, as far as packing cannot do; returns what to do next, if anything and
-        if nothing is under way. The caller does it and says `packed`, `left_plain`, `kept` or `not_kept`."""
+    def fit(self) -> TierObject[H] | None:
+        """Drop what is loose beyond the budget, as far as packing cannot do; returns what to move next, if anything and
+        if nothing is under way: an object to be packed, or, if it has no handle, to be read from its file. The caller
+        does it and says `packed`, `left_plain`, `kept` or `not_kept`."""
         if any(held.is_moving and not held.is_packed for held in self._objects.values()):
             return None
         while self._loose_bytes() > self._budget_bytes:
@@ -136,10 +129,13 @@ class MemoryTier(Generic[H]):
             hopeless = [held for held in loose if LEAST_SHARE * held.kept_bytes > self._budget_bytes]
             packable = next((held for held in loose if held.may_be_packed), None)
             if packable is not None and not hopeless:
-                return self._begin(packable, is_read=False)
+                packable.is_moving = True
+                return packable
             self.discard((hopeless or loose)[0])
         wanted = self._worth_reading()
-        return None if wanted is None else self._begin(wanted, is_read=True)
+        if wanted is not None:
+            wanted.is_moving = True
+        return wanted
 
     def packed(self, held: TierObject[H], handle: H, kept_bytes: int, reasons: tuple[str, ...]) -> None:
         """An object was packed; if it was leased meanwhile, it stays as it is."""
@@ -189,10 +185,6 @@ class MemoryTier(Generic[H]):
         residents = tuple(self._resident(held) for held in self._objects.values())
         totals = (self._counts[name] for name in ("hits", "misses", "evictions", "packs", "unpacks", "reads"))
         return Snapshot(self._budget_bytes, self._loose_bytes(), residents, *totals)
-
-    def _begin(self, held: TierObject[H], *, is_read: bool) -> Move[H]:
-        held.is_moving = True
-        return Move(held, is_read)
 
     def _worth_reading(self) -> TierObject[H] | None:
         """The most valuable object to be read from its file; those that would not stay are forgotten."""

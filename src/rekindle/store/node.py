@@ -144,20 +144,19 @@ class TierNode:
             _send(holder, Leased(held.kept_bytes, held.is_packed), held.handle)
 
     def _fit(self) -> None:
-        move = self._tier.fit()
-        if move is None:
+        held = self._tier.fit()
+        if held is None:
             return
-        held = move.held
 
         def is_wanted() -> bool:
             return held.num_leases > 0
 
-        if isinstance(held.made, Hold) and move.is_read:
-            self._work(partial(self._packer.read, held.made, is_wanted), partial(self._read, held))
-        elif held.handle is not None:
+        if held.handle is not None:
             # A copy of the descriptor, since the object may be leased and dropped before the thread looks at it.
             copy = os.dup(held.handle)
             self._work(partial(self._packer.pack, copy, held.made, is_wanted), partial(self._packed, held, copy))
+        elif isinstance(held.made, Hold):
+            self._work(partial(self._packer.read, held.made, is_wanted), partial(self._read, held))
 
     def _work(self, work: Callable[[], T], then: Callable[[T | Exception], None]) -> None:
         """Call `work` in a thread and then, in this one, `then` with what it gave or raised."""

@@ -134,11 +134,6 @@ class Packer:
             found.unpack(codec_for(found.format), out, self._all)
             return target.finish()
 
-    def close(self) -> None:
-        """Let the threads end."""
-        self._one.shutdown(cancel_futures=True)
-        self._all.shutdown(cancel_futures=True)
-
 
 class _Gentle(Executor):
     """Runs what it is given in one thread that rests after every call, until the object is wanted."""

@@ -91,11 +91,6 @@ def tensor_index(
     return read_header(path, rejected=rejected, max_header_bytes=max_header_bytes).entries
 
 
-def data_section(path: Path, *, rejected: type[RequestError] = ModelRejected) -> DataSection:
-    """Where the file's tensor bytes begin and how many there are. Raises `rejected` as `read_header` does."""
-    return read_header(path, rejected=rejected).data
-
-
 def read_header(
     path: Path, *, rejected: type[RequestError] = ModelRejected, max_header_bytes: int = MAX_HEADER_BYTES
 ) -> SafetensorsHeader:

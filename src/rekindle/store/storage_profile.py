@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from rekindle.errors import ConfigurationError
-from rekindle.protocol.storage import StorageProfile
+from rekindle.protocol.storage import DEFAULT_PROFILE, StorageProfile
 
 PROFILE_NAME = "storage.json"
 
@@ -35,6 +35,12 @@ def kept_profile(home: Path) -> KeptProfile | None:
         return kept if (kept.device, kept.filesystem) == _identity(home) else None
     except (OSError, msgspec.MsgspecError):
         return None
+
+
+def profile_of(home: Path) -> StorageProfile:
+    """The profile kept in `home`, or the usual one."""
+    kept = kept_profile(home)
+    return DEFAULT_PROFILE if kept is None else kept.profile
 
 
 def keep_profile(home: Path, profile: StorageProfile, unix_s: float) -> None:

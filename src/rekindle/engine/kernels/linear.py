@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from rekindle.engine.kernels.interface import PackedLinear
+from rekindle.engine.kernels.interface import PackedLinear, Rows
 
 _TILE_ROWS = 16
 _PACKED_FOR_ROWS = 8
@@ -75,10 +75,14 @@ def _multiply_tiled(x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class LinearOps:
-    """Matrix products: `pack` prepares a weight for repeated use; `multiply` gives x W^T for one as it is stored."""
+    """Matrix products: `prepare` makes a layer of weight and bias; `multiply` gives x W^T for one as it is stored."""
 
-    pack: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear]
+    prepare: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear]
     multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def pack(self, weight_NK: Rows, bias_N: Rows | None) -> PackedLinear:
+        """Bring a weight, and then its bias, and prepare them for repeated use."""
+        return self.prepare(weight_NK.whole(), None if bias_N is None else bias_N.whole())
 
 
 PLAIN = LinearOps(PlainLinear, F.linear)

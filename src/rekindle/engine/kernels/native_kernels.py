@@ -246,7 +246,7 @@ class NativeKernels:
     def pack_linear(self, weight_NK: Rows, bias_N: Rows | None, arena: Arena = OWN_ARENA) -> PackedLinear:
         if self.library.has_linear and weight_NK.dtype == torch.bfloat16:
             return NativeLinear(self.library, weight_NK, bias_N, arena)
-        return self._linear.pack(weight_NK.whole(), None if bias_N is None else bias_N.whole())
+        return self._linear.pack(weight_NK, bias_N)
 
     def multiply(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         return self._linear.multiply(x_TK, weight_NK)

@@ -31,7 +31,7 @@ class ReferenceKernels:
     layout: str | None = None
 
     def pack_linear(self, weight_NK: Rows, bias_N: Rows | None, arena: Arena = OWN_ARENA) -> PackedLinear:
-        return self._linear.pack(weight_NK.whole(), None if bias_N is None else bias_N.whole())
+        return self._linear.pack(weight_NK, bias_N)
 
     def multiply(self, x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
         return self._linear.multiply(x_TK, weight_NK)
